@@ -1,0 +1,198 @@
+"""LeRobot configuration of VLA-0 (`--policy.type=vla0`). Imports neither transformers nor a simulator."""
+
+from dataclasses import dataclass, field
+
+from lerobot.configs import NormalizationMode, PreTrainedConfig
+from lerobot.optim import AdamWConfig
+from lerobot.optim.schedulers import ConstantWithWarmupSchedulerConfig
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+@PreTrainedConfig.register_subclass("vla0")
+@dataclass
+class VLA0Config(PreTrainedConfig):
+    """Everything that changes what the model sees or says; saved as `config.json` with each checkpoint.
+
+    Defaults follow the published LIBERO recipe (arXiv 2510.13054, section 4.1, and its training code).
+
+    Raises:
+        ValueError: a field is out of its range; the message names the field, its value and what is allowed.
+    """
+
+    # --- backbone ---
+    # Hub id or folder of the base VLM. Read only for a fresh policy: checkpoints carry their own VLM files.
+    vlm: str = "Qwen/Qwen2.5-VL-3B-Instruct"
+    # Commit, branch or tag of `vlm` on the Hub.
+    vlm_revision: str | None = None
+    # Data type of weights and computation: bfloat16, float16 or float32. LeRobot also drives autocast from it.
+    dtype: str = "bfloat16"
+    # Transformers attention backend (sdpa, flash_attention_2, eager); None lets Transformers choose.
+    attn_implementation: str | None = None
+    # Recompute activations in the backward pass: less memory, about a third more time.
+    gradient_checkpointing: bool = False
+    # Leave the vision encoder as it is and train the language model only.
+    freeze_vision: bool = False
+    # torch.compile the language model. Pays off on GPUs in long runs; the first steps are slow.
+    compile_model: bool = False
+
+    # --- actions as text ---
+    # Observations fed to the model; VLA-0 uses the current one only.
+    n_obs_steps: int = 1
+    # Timesteps written per prediction (the paper's H).
+    chunk_size: int = 8
+    # Timesteps executed before predicting again; only these are decoded by `select_action`.
+    n_action_steps: int = 8
+    # Largest integer an action is written as (the paper's B).
+    num_bins: int = 1000
+    # Append the robot's state to the instruction, as integers on the same grid. The paper uses none.
+    use_state: bool = False
+    # 0 decodes greedily; above 0 samples from the allowed tokens at this temperature.
+    temperature: float = 0.0
+
+    # --- images ---
+    # Image keys in the order in which they are shown; None takes all of the data set, in its order.
+    cameras: list[str] | None = None
+    # Side in pixels that each camera is resized to; a multiple of 28 for Qwen2.5-VL.
+    image_size: int = 224
+    # Share of height and width kept: random crop in training, centre crop otherwise. 1.0 keeps the whole image.
+    crop_ratio: float = 0.875
+    # True: cameras side by side in one picture. False: one picture per camera.
+    tile_images: bool = True
+    # Antialiasing of the resize. Matters only where one happens (not at 256×256 with the defaults).
+    resize_antialias: bool = True
+    # Write "Picture 1: " before each picture, as the original checkpoints do; vla0-trl and TinyVLA do not.
+    add_vision_id: bool = True
+
+    # --- augmentation, in training only ---
+    # Strengths of the colour jitter, drawn per image and camera; 0 switches one off.
+    jitter_brightness: float = 0.2
+    jitter_contrast: float = 0.2
+    jitter_saturation: float = 0.2
+    jitter_hue: float = 0.05
+    # Masked action augmentation: a share drawn from U(0, action_mask_prob) of the answer's characters is shown to
+    # the model as "?" and left out of the loss, so that it cannot just continue its own text.
+    action_mask_prob: float = 0.4
+    # Share of training examples left unmasked.
+    action_mask_skip_prob: float = 0.1
+
+    # --- loss ---
+    # Timesteps past the episode's end repeat its last action. False trains on them as the original does,
+    # True leaves them out of the loss.
+    do_mask_loss_for_padding: bool = False
+
+    # MIN_MAX or QUANTILES for state and action: both map to the [-1, 1] that the integers cover.
+    normalization_mapping: dict[str, NormalizationMode] = field(
+        default_factory=lambda: {
+            "VISUAL": NormalizationMode.IDENTITY,
+            "STATE": NormalizationMode.MIN_MAX,
+            "ACTION": NormalizationMode.MIN_MAX,
+        }
+    )
+
+    # --- optimiser preset ---
+    optimizer_lr: float = 4e-5  # 5e-6 × 8 GPUs in the original
+    optimizer_betas: tuple[float, float] = (0.9, 0.999)
+    optimizer_eps: float = 1e-8
+    optimizer_weight_decay: float = 1e-10
+    optimizer_grad_clip_norm: float = 1.0  # 0 does not clip
+    # Steps of linear warm-up to the constant learning rate.
+    scheduler_warmup_steps: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check("dtype", self.dtype in DTYPES, f"one of {', '.join(DTYPES)}")
+        self._check("n_obs_steps", self.n_obs_steps == 1, "1 (VLA-0 has no history)")
+        self._check("chunk_size", self.chunk_size >= 1, "at least 1")
+        self._check(
+            "n_action_steps",
+            1 <= self.n_action_steps <= self.chunk_size,
+            f"in 1..chunk_size ({self.chunk_size})",
+        )
+        self._check("num_bins", self.num_bins >= 2, "at least 2")
+        self._check("temperature", self.temperature >= 0, "at least 0")
+        cameras = self.cameras
+        self._check("cameras", cameras is None or (cameras and len(set(cameras)) == len(cameras)),
+                    "None or a list of different image keys")  # fmt: skip
+        self._check("image_size", self.image_size >= 1, "at least 1 pixel")
+        self._check("crop_ratio", 0 < self.crop_ratio <= 1, "in (0, 1]")
+        for name in ("jitter_brightness", "jitter_contrast", "jitter_saturation"):
+            self._check(name, 0 <= getattr(self, name) <= 1, "in [0, 1]")
+        self._check("jitter_hue", 0 <= self.jitter_hue <= 0.5, "in [0, 0.5]")
+        for name in ("action_mask_prob", "action_mask_skip_prob"):
+            self._check(name, 0 <= getattr(self, name) <= 1, "in [0, 1]")
+        ranges = (NormalizationMode.MIN_MAX, NormalizationMode.QUANTILES, NormalizationMode.QUANTILE10)
+        for kind in ("STATE", "ACTION"):
+            mode = self.normalization_mapping.get(kind)
+            self._check(f"normalization_mapping[{kind!r}]", mode in ranges,
+                        "MIN_MAX, QUANTILES or QUANTILE10: integers need a bounded range")  # fmt: skip
+        visual = self.normalization_mapping.get("VISUAL", NormalizationMode.IDENTITY)
+        self._check("normalization_mapping['VISUAL']", visual == NormalizationMode.IDENTITY,
+                    "IDENTITY: the VLM's own image processor normalises")  # fmt: skip
+        for name in ("optimizer_lr", "optimizer_eps"):
+            self._check(name, getattr(self, name) > 0, "above 0")
+        for name in ("optimizer_weight_decay", "optimizer_grad_clip_norm", "scheduler_warmup_steps"):
+            self._check(name, getattr(self, name) >= 0, "at least 0")
+
+    def _check(self, name: str, ok: object, allowed: str) -> None:
+        if not ok:
+            value = getattr(self, name, None) if "[" not in name else self.normalization_mapping
+            raise ValueError(f"{name}={value!r} is not allowed: it must be {allowed}.")
+
+    def validate_features(self) -> None:
+        """Checks input and output features, which LeRobot fills in from the data set or environment."""
+        if self.action_feature is None:
+            raise ValueError(
+                f"VLA-0 needs an `action` feature; the data set or environment has {sorted(self.output_features or {})}."
+            )
+        if len(self.action_feature.shape) != 1:
+            raise ValueError(f"action must be a vector, got shape {tuple(self.action_feature.shape)}.")
+        present = sorted(self.image_features)
+        if not present:
+            raise ValueError(
+                "VLA-0 needs at least one camera: no image feature among "
+                f"{sorted(self.input_features or {})}. Use a data set or environment with images."
+            )
+        unknown = [key for key in self.cameras or [] if key not in present]
+        if unknown:
+            raise ValueError(f"cameras={self.cameras!r} names {unknown}, which are not there. Present: {present}.")
+        if self.use_state and self.robot_state_feature is None:
+            raise ValueError(
+                "use_state=True needs the feature observation.state; present are "
+                f"{sorted(self.input_features or {})}. Set use_state=false."
+            )
+
+    @property
+    def camera_keys(self) -> list[str]:
+        """Image keys in prompt order."""
+        return list(self.cameras or self.image_features)
+
+    @property
+    def jitter(self) -> tuple[float, float, float, float]:
+        return self.jitter_brightness, self.jitter_contrast, self.jitter_saturation, self.jitter_hue
+
+    def get_optimizer_preset(self) -> AdamWConfig:
+        return AdamWConfig(
+            lr=self.optimizer_lr,
+            betas=self.optimizer_betas,
+            eps=self.optimizer_eps,
+            weight_decay=self.optimizer_weight_decay,
+            grad_clip_norm=self.optimizer_grad_clip_norm,
+        )
+
+    def get_scheduler_preset(self) -> ConstantWithWarmupSchedulerConfig | None:
+        if self.scheduler_warmup_steps == 0:
+            return None
+        return ConstantWithWarmupSchedulerConfig(num_warmup_steps=self.scheduler_warmup_steps)
+
+    @property
+    def observation_delta_indices(self) -> None:
+        return None
+
+    @property
+    def action_delta_indices(self) -> list[int]:
+        return list(range(self.chunk_size))
+
+    @property
+    def reward_delta_indices(self) -> None:
+        return None

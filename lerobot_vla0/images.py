@@ -1,0 +1,124 @@
+"""Camera images → what the VLM looks at: crop, resize, colour jitter, tile. Batched, on the images' own device.
+
+Follows the published recipe (arXiv 2510.13054, section 4.1, and its training code's settings): crop to 0.875,
+resize to 224×224, jitter in training only, cameras side by side. At 256×256 input the crop is exactly 224, so no
+resize happens and evaluation pixels are exactly the camera's.
+"""
+
+import torch
+import torchvision.transforms.v2.functional as F  # noqa: N812
+from torch import Tensor
+
+GRAY = (0.2989, 0.587, 0.114)  # ITU-R 601 luma, torchvision's rgb_to_grayscale
+
+
+def crop(images: Tensor, ratio: float, generator: torch.Generator | None = None) -> Tensor:
+    """(B, C, H, W) → (B, C, int(H·ratio), int(W·ratio)): centre crop, or, given a generator, one random crop per
+    image."""
+    height, width = images.shape[-2:]
+    h, w = int(height * ratio), int(width * ratio)
+    if generator is None:
+        top, left = (height - h) // 2, (width - w) // 2
+        return images[..., top : top + h, left : left + w]
+    n = len(images)
+    tops = torch.randint(0, height - h + 1, (n,), generator=generator)
+    lefts = torch.randint(0, width - w + 1, (n,), generator=generator)
+    rows = (tops[:, None] + torch.arange(h)).to(images.device)  # (B, h)
+    cols = (lefts[:, None] + torch.arange(w)).to(images.device)  # (B, w)
+    batch = torch.arange(n, device=images.device)[:, None, None]
+    # Advanced indices around a slice put C last: (B, h, w, C).
+    return images[batch, :, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
+
+
+def color_jitter(
+    images: Tensor,
+    brightness: float,
+    contrast: float,
+    saturation: float,
+    hue: float,
+    generator: torch.Generator,
+) -> Tensor:
+    """torchvision's ColorJitter with factors drawn per image (B, 3, H, W), in one pass over the batch.
+
+    torchvision draws one set of factors a call; looping over images would make the loop the slowest part of a
+    training step. The order of the four operations is drawn once per batch.
+    """
+    n = len(images)
+
+    def factor(strength: float, centre: float = 1.0) -> Tensor:
+        draw = torch.rand(n, generator=generator) * 2 - 1
+        return (centre + strength * draw).view(n, 1, 1, 1).to(images)
+
+    operations = [
+        (brightness, lambda x: _blend(x, torch.zeros_like(x), factor(brightness))),
+        (contrast, lambda x: _blend(x, _gray(x).mean((-3, -2, -1), keepdim=True), factor(contrast))),
+        (saturation, lambda x: _blend(x, _gray(x), factor(saturation))),
+        (hue, lambda x: _shift_hue(x, factor(hue, centre=0.0))),
+    ]
+    for i in torch.randperm(len(operations), generator=generator).tolist():
+        strength, operation = operations[i]
+        if strength > 0:
+            images = operation(images)
+    return images
+
+
+def _gray(images: Tensor) -> Tensor:
+    return (images * images.new_tensor(GRAY).view(3, 1, 1)).sum(-3, keepdim=True)
+
+
+def _blend(images: Tensor, other: Tensor, factor: Tensor) -> Tensor:
+    return (factor * images + (1 - factor) * other).clamp(0, 1)
+
+
+def _shift_hue(images: Tensor, shift: Tensor) -> Tensor:
+    """Turns the hue by `shift` (B, 1, 1, 1) of a full circle.
+
+    Uses the form f(n) = v - v·s·max(0, min(k, 4 - k, 1)), k = (n + 6·hue) mod 6, n = 5, 3, 1 for R, G, B
+    (https://en.wikipedia.org/wiki/HSL_and_HSV#HSV_to_RGB_alternative).
+    """
+    r, g, b = images.unbind(-3)
+    value = images.amax(-3)
+    chroma = value - images.amin(-3)
+    safe = torch.where(chroma > 0, chroma, 1)
+    sector = torch.where(
+        value == r, ((g - b) / safe) % 6, torch.where(value == g, (b - r) / safe + 2, (r - g) / safe + 4)
+    )
+    sector = (sector + 6 * shift[..., 0, :, :]) % 6
+    k = (images.new_tensor([5.0, 3.0, 1.0]).view(3, 1, 1) + sector.unsqueeze(-3)) % 6
+    weight = torch.minimum(k, 4 - k).clamp(0, 1)
+    return value.unsqueeze(-3) - chroma.unsqueeze(-3) * weight
+
+
+def prepare_images(
+    cameras: list[Tensor],
+    *,
+    size: int,
+    crop_ratio: float,
+    tile: bool,
+    antialias: bool,
+    jitter: tuple[float, float, float, float] | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """One batch of every camera → the batch of pictures that go into the chat.
+
+    Args:
+        cameras: one float tensor (B, 3, H, W) in [0, 1] per camera, in prompt order; sizes may differ.
+        size: side of the square that each camera is resized to, in pixels.
+        crop_ratio: share of height and width that is kept, in (0, 1].
+        tile: True puts all cameras side by side in one picture, False keeps one picture per camera.
+        antialias: as in torchvision's resize.
+        jitter: (brightness, contrast, saturation, hue) strengths, used only with a generator.
+        generator: CPU generator for crops and jitter; None for evaluation (centre crop, no jitter).
+
+    Returns:
+        uint8 (B, 1, 3, size, size·cameras) when tiled, else (B, cameras, 3, size, size).
+    """
+    pictures = []
+    for images in cameras:
+        images = crop(images, crop_ratio, generator)
+        if images.shape[-2:] != (size, size):
+            images = F.resize(images, [size, size], antialias=antialias)
+        if generator is not None and jitter is not None:
+            images = color_jitter(images, *jitter, generator=generator)
+        pictures.append((images.clamp(0, 1) * 255).round().to(torch.uint8))
+    return torch.cat(pictures, dim=-1).unsqueeze(1) if tile else torch.stack(pictures, dim=1)

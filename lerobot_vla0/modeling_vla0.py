@@ -1,0 +1,383 @@
+"""VLA-0 as a LeRobot policy: a chat with a VLM, made of numbers (arXiv 2510.13054).
+
+Training is supervised fine-tuning on "system prompt, pictures, instruction → integers"; acting is decoding the
+integers under a grammar that admits nothing else. The pieces stand in images.py, prompt.py, decoding.py, backbone.py.
+"""
+
+import json
+import logging
+from collections import deque
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from huggingface_hub import snapshot_download
+from lerobot.configs import PreTrainedConfig
+from lerobot.policies.pretrained import PreTrainedPolicy
+from lerobot.utils.constants import (
+    ACTION,
+    OBS_STATE,
+    POLICY_POSTPROCESSOR_DEFAULT_NAME,
+)
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from . import backbone, decoding
+from .action_codec import ActionCodec
+from .configuration_vla0 import VLA0Config
+from .grammar import IntegerGrammar
+from .images import prepare_images
+from .processor_vla0 import ACTION_CLIPPED, check_action_statistics
+from .prompt import IGNORE, ChatFormatter
+
+VLM_FOLDER = "vlm"  # inside a checkpoint: config, tokenizer and image processor of the VLM
+WEIGHTS = "model.safetensors"
+
+
+class VLA0Policy(PreTrainedPolicy):
+    """Qwen2.5-VL, unmodified, that writes the next `chunk_size` actions as text.
+
+    Batches come from the preprocessor: images float (B, 3, H, W) in [0, 1] under `config.camera_keys`, `task` a list
+    of B instructions, `action` (training) int64 bins (B, chunk_size, D) in 0..num_bins. Actions go to the
+    postprocessor as bins, too.
+
+    Args:
+        config: with `input_features` and `output_features` filled in (LeRobot's `make_policy` does).
+        vlm_folder: build the VLM, without weights, from this folder instead of loading `config.vlm`.
+        dataset_stats, dataset_meta: given by LeRobot; not used, statistics live in the processors.
+    """
+
+    config_class = VLA0Config
+    name = "vla0"
+
+    def __init__(
+        self,
+        config: VLA0Config,
+        dataset_stats: Any = None,
+        dataset_meta: Any = None,
+        vlm_folder: Path | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(config)
+        config.validate_features()
+        load = {"dtype": config.dtype, "attn_implementation": config.attn_implementation}
+        if vlm_folder is None:
+            self.model, self.vlm_processor = backbone.load_vlm(config.vlm, revision=config.vlm_revision, **load)
+        else:
+            self.model, self.vlm_processor = backbone.build_vlm(vlm_folder, **load)
+        multiple = backbone.picture_multiple(self.vlm_processor)
+        if config.image_size % multiple:
+            raise ValueError(
+                f"image_size={config.image_size} must be a multiple of {multiple} for this VLM, for example "
+                f"{max(1, round(config.image_size / multiple)) * multiple}."
+            )
+        if config.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if config.freeze_vision:
+            self.model.model.visual.requires_grad_(False)
+        if config.compile_model:
+            # The language model alone: the vision encoder reads sizes on the CPU, which breaks the graph.
+            self.model.model.language_model.compile(dynamic=True)
+        # Position embeddings are float32 buffers whatever the weights are, so move the device, never the dtype.
+        self.model.to(config.device)
+
+        tiled, cameras = config.tile_images, len(config.camera_keys)
+        self.action_dim = config.action_feature.shape[0]
+        self.chat = ChatFormatter(
+            self.vlm_processor,
+            horizon=config.chunk_size,
+            dim=self.action_dim,
+            num_bins=config.num_bins,
+            num_pictures=1 if tiled else cameras,
+            picture_size=(config.image_size, config.image_size * (cameras if tiled else 1)),
+            add_vision_id=config.add_vision_id,
+        )
+        self.grammar = IntegerGrammar(
+            config.chunk_size * self.action_dim,
+            config.num_bins,
+            self.chat.digit_ids,
+            self.chat.space_id,
+            self.chat.end_id,
+        )
+        self.codec = ActionCodec(config.num_bins)
+        self.reset()
+
+    def get_optim_params(self) -> list[nn.Parameter]:
+        return [p for p in self.parameters() if p.requires_grad]
+
+    # ------------------------------------------------------------------------------------------------- inputs
+
+    def _pictures(self, batch: dict[str, Any], generator: torch.Generator | None) -> Tensor:
+        """uint8 (B, N, 3, H, W) from the batch's camera images, augmented if a generator is given."""
+        config, keys = self.config, self.config.camera_keys
+        missing = [key for key in keys if key not in batch]
+        if missing:
+            present = sorted(key for key in batch if key.startswith("observation.image"))
+            raise ValueError(
+                f"the batch lacks the camera images {missing}; it has {present}. Rename cameras with --rename_map, or "
+                "train on the cameras that the robot or environment has (--policy.cameras)."
+            )
+        for key in keys:
+            if batch[key].ndim != 4 or batch[key].shape[1] != 3 or not batch[key].is_floating_point():
+                raise ValueError(
+                    f"{key} must be a float tensor (B, 3, H, W) in [0, 1], got {batch[key].dtype} of shape "
+                    f"{tuple(batch[key].shape)}."
+                )
+            if min(batch[key].shape[-2:]) < config.image_size:
+                raise ValueError(
+                    f"{key} is {batch[key].shape[-2]}×{batch[key].shape[-1]} pixels, smaller than the crop of "
+                    f"image_size={config.image_size}: it would have to be enlarged. Lower image_size."
+                )
+        return prepare_images(
+            [batch[key] for key in keys],
+            size=config.image_size,
+            crop_ratio=config.crop_ratio,
+            tile=config.tile_images,
+            antialias=config.resize_antialias,
+            jitter=config.jitter,
+            generator=generator,
+        )
+
+    def _instructions(self, batch: dict[str, Any]) -> list[str]:
+        if "task" not in batch:
+            raise ValueError(
+                "the batch has no 'task': VLA-0 needs one instruction per row. Use a data set whose episodes have "
+                "tasks, or add batch['task'] = [instruction, ...]."
+            )
+        tasks = [batch["task"]] if isinstance(batch["task"], str) else list(batch["task"])
+        rows = len(batch[self.config.camera_keys[0]])
+        if len(tasks) != rows:
+            raise ValueError(f"the batch has {rows} images but {len(tasks)} tasks: {tasks[:3]}.")
+        if self.config.use_state:
+            bins, _ = self.codec.encode(batch[OBS_STATE])
+            tasks = [f"{t}\nState: {self.codec.to_text(b)}" for t, b in zip(tasks, bins, strict=True)]
+        return tasks
+
+    def _inputs(self, pictures: Tensor, tokens: dict[str, Tensor]) -> dict[str, Tensor]:
+        inputs = {key: tokens[key].to(pictures.device) for key in ("input_ids", "attention_mask")}
+        return inputs | backbone.vision_inputs(self.vlm_processor, pictures, inputs["input_ids"])
+
+    def training_inputs(self, batch: dict[str, Any]) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """The supervised fine-tuning example: (model inputs, labels (B, T), place values (B, T)).
+
+        Augmented if and only if the policy is in training mode.
+        """
+        bins = batch[ACTION]
+        expected = (self.config.chunk_size, self.action_dim)
+        if bins.is_floating_point() or tuple(bins.shape[1:]) != expected:
+            raise ValueError(
+                f"action must be integer bins of shape (B, {expected[0]}, {expected[1]}), got {bins.dtype} of shape "
+                f"{tuple(bins.shape)}. Pass the batch through the policy's preprocessor first."
+            )
+        generator = self._augmentation_generator() if self.training else None
+        pictures = self._pictures(batch, generator)
+        tokens = self.chat.training_batch(
+            self._instructions(batch),
+            bins,
+            padded_steps=batch.get(f"{ACTION}_is_pad") if self.config.do_mask_loss_for_padding else None,
+            mask_prob=self.config.action_mask_prob,
+            mask_skip_prob=self.config.action_mask_skip_prob,
+            generator=generator,
+        )
+        device = pictures.device
+        return self._inputs(pictures, tokens), tokens["labels"].to(device), tokens["places"].to(device)
+
+    @staticmethod
+    def _augmentation_generator() -> torch.Generator:
+        """Seeded by one draw from the global generator (checkpointed by LeRobot, so resuming repeats it) plus the
+        rank: LeRobot seeds all ranks alike, and they would otherwise draw the same augmentations."""
+        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        return torch.Generator().manual_seed(int(torch.randint(2**62, ())) + rank)
+
+    # ----------------------------------------------------------------------------------------------- training
+
+    def forward(self, batch: dict[str, Any], reduction: str = "mean") -> tuple[Tensor, dict[str, Any]]:
+        """Cross-entropy of the answer's tokens.
+
+        Args:
+            batch: see the class; with `action`, and `action_is_pad` (B, chunk_size) if padding is masked.
+            reduction: "mean" over all supervised tokens of the batch, or "none": (B,), the mean of each example.
+
+        Returns:
+            The loss, and floats to log: `token_accuracy`; `action_error_bins`, the mean distance in bins between
+            true and predicted integers, teacher-forced, over integers whose digits are all supervised;
+            `action_clipped`, the share of action values outside the statistics.
+        """
+        if reduction not in ("mean", "none"):
+            raise ValueError(f"reduction must be 'mean' or 'none', got {reduction!r}.")
+        inputs, labels, places = self.training_inputs(batch)
+        hidden = backbone.hidden_states(self.model, inputs)
+        # The token at position t is predicted at t - 1; logits are computed for supervised positions only.
+        labels, places = labels[:, 1:], places[:, 1:]
+        supervised = labels != IGNORE
+        targets = labels[supervised]  # (N,)
+        logits = self.model.lm_head(hidden[:, :-1][supervised]).float()  # (N, vocabulary)
+        losses = nn.functional.cross_entropy(logits, targets, reduction="none")
+        metrics = self._metrics(logits.detach(), targets, supervised, places)
+        if ACTION_CLIPPED in batch:
+            metrics[ACTION_CLIPPED] = batch[ACTION_CLIPPED].mean().item()
+        if reduction == "mean":
+            return losses.mean(), metrics
+        rows = supervised.nonzero()[:, 0]
+        sums = losses.new_zeros(len(labels)).index_add(0, rows, losses)
+        return sums / supervised.sum(1).clamp(min=1), metrics
+
+    @torch.no_grad()
+    def _metrics(
+        self, logits: Tensor, targets: Tensor, supervised: Tensor, places: Tensor
+    ) -> dict[str, float]:
+        digit_ids = torch.tensor(self.chat.digit_ids, device=logits.device)
+        predicted = logits[:, digit_ids].argmax(-1)
+        true = (targets[:, None] == digit_ids).float().argmax(-1)  # 0 where the target is no digit
+        # Each supervised digit contributes (predicted - true) · place value to the integer it belongs to.
+        error = torch.zeros(places.shape, device=logits.device)
+        error[supervised] = (predicted - true) * places[supervised].float()
+        number = (places == 0).cumsum(1)  # constant over the digits of one integer, different between integers
+        total = torch.zeros_like(error).scatter_add(1, number.clamp(max=places.shape[1] - 1), error).abs()
+        hidden_digit = ((places > 0) & ~supervised).float()
+        any_digit = torch.zeros_like(error).scatter_add(1, number.clamp(max=places.shape[1] - 1), (places > 0).float())
+        any_hidden = torch.zeros_like(error).scatter_add(1, number.clamp(max=places.shape[1] - 1), hidden_digit)
+        whole = (any_digit > 0) & (any_hidden == 0)
+        accuracy = (logits.argmax(-1) == targets).float().mean()
+        return {
+            "token_accuracy": accuracy.item(),
+            "action_error_bins": (total[whole].mean() if whole.any() else total.new_tensor(0.0)).item(),
+        }
+
+    # -------------------------------------------------------------------------------------------------- acting
+
+    def reset(self) -> None:
+        """Forgets the queued actions. Call at the start of every episode."""
+        self._queue: deque[Tensor] = deque(maxlen=self.config.n_action_steps)
+
+    @torch.no_grad()
+    def _decode(self, batch: dict[str, Any], steps: int) -> Tensor:
+        """Bins (B, steps, D) as float32, of the first `steps` timesteps."""
+        training = self.training
+        self.eval()
+        try:
+            tokens = self.chat.inference_batch(self._instructions(batch))
+            inputs = self._inputs(self._pictures(batch, None), tokens)
+            grammar = self.grammar.to(inputs["input_ids"].device)
+            cache = backbone.PromptCache(self.model, inputs, grammar.token_ids)
+            decoded = decoding.decode(
+                cache.logits,
+                cache.extend,
+                grammar,
+                count=steps * self.action_dim,
+                temperature=self.config.temperature,
+            )
+        finally:
+            self.train(training)
+        return decoded.integers[:, : steps * self.action_dim].view(-1, steps, self.action_dim).float()
+
+    @torch.compiler.disable
+    def predict_action_chunk(self, batch: dict[str, Any], **kwargs: Any) -> Tensor:
+        """Actions as bins 0..num_bins, float32 (B, chunk_size, D); the postprocessor turns them into commands."""
+        return self._decode(batch, self.config.chunk_size)
+
+    @torch.compiler.disable
+    def select_action(self, batch: dict[str, Any], **kwargs: Any) -> Tensor:
+        """The next action as bins, float32 (B, D). Decodes `n_action_steps` timesteps when its queue is empty."""
+        if not self._queue:
+            self._queue.extend(self._decode(batch, self.config.n_action_steps).unbind(1))
+        return self._queue.popleft()
+
+    # --------------------------------------------------------------------------------------------- checkpoints
+
+    def _save_pretrained(self, save_directory: Path, state_dict: dict[str, Tensor] | None = None) -> None:
+        super()._save_pretrained(save_directory, state_dict=state_dict)
+        backbone.save_vlm(self.model, self.vlm_processor, Path(save_directory) / VLM_FOLDER)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_name_or_path: str | Path,
+        *,
+        config: PreTrainedConfig | None = None,
+        force_download: bool = False,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        strict: bool = True,
+        **kwargs: Any,
+    ) -> Self:
+        """Loads a checkpoint folder or Hub repo; needs neither the base VLM nor, for a folder, the network.
+
+        Raises:
+            FileNotFoundError: a file of the checkpoint is missing.
+            ValueError: weights are truncated or do not fit, the action statistics are missing, or `config` disagrees
+                with the checkpoint in the action dimension or `num_bins`.
+        """
+        folder = Path(pretrained_name_or_path)
+        if not folder.is_dir():
+            folder = Path(
+                snapshot_download(
+                    str(pretrained_name_or_path),
+                    revision=revision,
+                    cache_dir=cache_dir,
+                    force_download=force_download,
+                    local_files_only=local_files_only,
+                    token=token,
+                    allow_patterns=["*.json", "*.safetensors"],
+                )
+            )
+        saved = PreTrainedConfig.from_pretrained(folder)
+        config = saved if config is None else config
+        _check_checkpoint(folder, saved, config)
+        # strict: LeRobot's default only warns about missing weights, and the policy would act at random.
+        return super().from_pretrained(
+            folder, config=config, strict=strict, vlm_folder=folder / VLM_FOLDER, **kwargs
+        )
+
+    @classmethod
+    def _load_as_safetensor(cls, model: Self, model_file: str, map_location: str, strict: bool) -> Self:
+        try:
+            return super()._load_as_safetensor(model, model_file, map_location, strict)
+        except (SafetensorError, RuntimeError) as error:
+            raise ValueError(
+                f"{model_file} could not be loaded ({str(error).splitlines()[0]}). The file is truncated or belongs "
+                "to another model: copy or download it again."
+            ) from error
+
+
+def _check_checkpoint(folder: Path, saved: PreTrainedConfig, config: PreTrainedConfig) -> None:
+    for name in (WEIGHTS, f"{VLM_FOLDER}/config.json"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"{folder} is no VLA-0 checkpoint: {name} is missing. Expected what `save_pretrained` writes "
+                f"(config.json, {WEIGHTS}, {VLM_FOLDER}/, policy_preprocessor.json, policy_postprocessor.json)."
+            )
+    if saved.action_feature is not None and config.action_feature is not None:
+        was, now = saved.action_feature.shape[0], config.action_feature.shape[0]
+        if was != now:
+            raise ValueError(
+                f"action has {now} dimensions here, but the checkpoint {folder} was trained with {was}. To train for "
+                f"another robot, start from the VLM: --policy.type=vla0 --policy.vlm={saved.vlm}."
+            )
+    if saved.num_bins != config.num_bins:
+        raise ValueError(
+            f"num_bins={config.num_bins} differs from the checkpoint's {saved.num_bins} ({folder}): the model and its "
+            "processors count on the latter. Leave num_bins out."
+        )
+    # A postprocessor without statistics would pass [-1, 1] on to the robot without a word.
+    postprocessor = folder / f"{POLICY_POSTPROCESSOR_DEFAULT_NAME}.json"
+    if not postprocessor.is_file():
+        logging.warning(f"{folder} holds weights only: {postprocessor.name} (statistics of the actions) is missing.")
+        return
+    stats: dict[str, dict[str, bool]] = {}
+    for step in json.loads(postprocessor.read_text())["steps"]:
+        state_file = step.get("state_file")
+        if step.get("registry_name") != "unnormalizer_processor" or state_file is None:
+            continue
+        if not (folder / state_file).is_file():
+            raise FileNotFoundError(
+                f"{folder / state_file} is missing: it holds the statistics that turn integers into robot commands. "
+                "Copy or download the whole checkpoint."
+            )
+        with safe_open(folder / state_file, framework="pt") as state:
+            for key in state.keys():  # noqa: SIM118 (not a dict)
+                feature, _, statistic = key.rpartition(".")
+                stats.setdefault(feature, {})[statistic] = True
+    check_action_statistics(saved, stats, str(postprocessor))

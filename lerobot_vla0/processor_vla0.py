@@ -1,0 +1,126 @@
+"""LeRobot processors of VLA-0: numbers only. Text and images belong to the policy, which knows whether it trains.
+
+    in:  rename → batch → device → normalise (LeRobot's) → actions to integers
+    out: integers to actions → un-normalise → CPU (LeRobot's)
+
+Everything needed is in the saved state, and LeRobot's scripts can override their steps by name.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from lerobot.configs import FeatureType, NormalizationMode, PipelineFeatureType, PolicyFeature
+from lerobot.lerobot_types import EnvTransition, PolicyAction, TransitionKey
+from lerobot.processor import (
+    PolicyActionProcessorStep,
+    PolicyProcessorPipeline,
+    ProcessorStep,
+    ProcessorStepRegistry,
+    make_default_policy_processor_steps,
+    make_policy_processor_pipelines,
+)
+from lerobot.utils.constants import ACTION
+
+from .action_codec import ActionCodec
+from .configuration_vla0 import VLA0Config
+
+# Share of each sample's action values outside the statistics; `VLA0Policy.forward` logs its mean.
+ACTION_CLIPPED = "action_clipped"
+STATISTICS = {
+    NormalizationMode.MIN_MAX: ("min", "max"),
+    NormalizationMode.QUANTILES: ("q01", "q99"),
+    NormalizationMode.QUANTILE10: ("q10", "q90"),
+}
+
+Features = dict[PipelineFeatureType, dict[str, PolicyFeature]]
+
+
+@dataclass
+@ProcessorStepRegistry.register(name="vla0_action_encoder_processor")
+class VLA0ActionEncoderStep(ProcessorStep):
+    """Normalised actions (B, H, D) in [-1, 1] → int64 bins 0..num_bins. No action (as in evaluation), no effect."""
+
+    num_bins: int = 1000
+
+    def __call__(self, transition: EnvTransition) -> EnvTransition:
+        action = transition.get(TransitionKey.ACTION)
+        if action is None:
+            return transition
+        bins, clipped = ActionCodec(self.num_bins).encode(action)
+        extra = {**(transition.get(TransitionKey.COMPLEMENTARY_DATA) or {})}
+        extra[ACTION_CLIPPED] = clipped.float().flatten(1).mean(1)  # (B,)
+        return {**transition, TransitionKey.ACTION: bins, TransitionKey.COMPLEMENTARY_DATA: extra}
+
+    def get_config(self) -> dict[str, Any]:
+        return {"num_bins": self.num_bins}
+
+    def transform_features(self, features: Features) -> Features:
+        return features
+
+
+@dataclass
+@ProcessorStepRegistry.register(name="vla0_action_decoder_processor")
+class VLA0ActionDecoderStep(PolicyActionProcessorStep):
+    """Bins 0..num_bins, (B, D) or (B, H, D) → normalised actions in [-1, 1]."""
+
+    num_bins: int = 1000
+
+    def action(self, action: PolicyAction) -> PolicyAction:
+        return ActionCodec(self.num_bins).decode(action)
+
+    def get_config(self) -> dict[str, Any]:
+        return {"num_bins": self.num_bins}
+
+    def transform_features(self, features: Features) -> Features:
+        return features
+
+
+def check_action_statistics(config: VLA0Config, stats: dict[str, dict[str, Any]] | None, where: str) -> None:
+    """Raises ValueError if `stats` cannot un-normalise actions: a robot must never get un-normalised commands."""
+    needed = STATISTICS[config.normalization_mapping["ACTION"]]
+    found = sorted((stats or {}).get(ACTION, {}))
+    missing = [name for name in needed if name not in found]
+    if missing:
+        raise ValueError(
+            f"{where}: statistics {missing} of {ACTION!r} are missing (found: {found}), so integers cannot be turned "
+            "into robot commands. They come from meta/stats.json of the data set that is trained on (quantiles: "
+            "LeRobot's augment_dataset_quantile_stats.py adds them), or from policy_postprocessor*.safetensors of a "
+            "trained checkpoint given with --policy.path."
+        )
+
+
+def make_vla0_pre_post_processors(
+    config: VLA0Config, dataset_stats: dict[str, dict[str, Any]] | None = None
+) -> tuple[
+    PolicyProcessorPipeline[dict[str, Any], dict[str, Any]],
+    PolicyProcessorPipeline[PolicyAction, PolicyAction],
+]:
+    """Pre- and post-processor of a fresh policy.
+
+    Args:
+        config: with `input_features` and `output_features` filled in.
+        dataset_stats: per key, `min` and `max` (MIN_MAX) or quantiles, as in `LeRobotDataset.meta.stats`.
+
+    Raises:
+        ValueError: statistics of the action are missing.
+    """
+    check_action_statistics(config, dataset_stats, "dataset_stats")
+    if config.use_state:
+        needed = STATISTICS[config.normalization_mapping[FeatureType.STATE.value]]
+        found = sorted(dataset_stats.get("observation.state", {}))
+        if any(name not in found for name in needed):
+            raise ValueError(
+                f"use_state=True needs the statistics {needed} of observation.state, found {found}. "
+                "Set use_state=false, or compute the data set's statistics."
+            )
+    steps = make_default_policy_processor_steps(config, dataset_stats)
+    return make_policy_processor_pipelines(
+        input_steps=[
+            steps.rename_observations,
+            steps.add_batch_dim,
+            steps.to_device,
+            steps.normalize,
+            VLA0ActionEncoderStep(config.num_bins),
+        ],
+        output_steps=[VLA0ActionDecoderStep(config.num_bins), steps.unnormalize, steps.to_cpu],
+    )

@@ -1,0 +1,213 @@
+"""The chat: system prompt, pictures, instruction, answer; as token ids with labels, and the `?` augmentation.
+
+Knows text and tokens. Knows nothing of robots' units (bins come in as integers) or of the model behind.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# VLA-0's own wording (arXiv 2510.13054, section 3; its code and vla0-trl use the same string).
+SYSTEM_PROMPT = (
+    "Analyze the input image and predict robot actions for the next {horizon} timesteps. "
+    "Each action has {dim} dimensions. "
+    "Output a single sequence of {count} integers (0-{num_bins} each), "
+    "representing the {horizon} timesteps sequentially. "
+    "Provide only space separated numbers. Nothing else."
+)
+IGNORE = -100  # label that Transformers' and PyTorch's cross-entropy leave out
+MASK_CHARACTER = "?"
+MAX_CACHED_PROMPTS = 1024
+
+
+class ChatFormatter:
+    """Turns instructions (and, for training, integer actions) into padded batches of token ids.
+
+    Args:
+        processor: the VLM's Transformers processor (tokenizer, image processor, chat template).
+        horizon, dim, num_bins: H, D and B of the system prompt.
+        num_pictures: pictures per example (1 when cameras are tiled).
+        picture_size: (height, width) of each picture in pixels; decides how many image tokens it takes.
+        add_vision_id: put "Picture 1: " before each picture, as the original checkpoints were trained.
+
+    Raises:
+        ValueError: the tokenizer does not have every digit, the space and "?" as single tokens.
+    """
+
+    def __init__(
+        self,
+        processor: Any,
+        *,
+        horizon: int,
+        dim: int,
+        num_bins: int,
+        num_pictures: int,
+        picture_size: tuple[int, int],
+        add_vision_id: bool,
+    ) -> None:
+        self.processor, self.tokenizer = processor, processor.tokenizer
+        self.horizon, self.dim, self.num_bins = horizon, dim, num_bins
+        self.num_pictures, self.picture_size, self.add_vision_id = num_pictures, picture_size, add_vision_id
+        self.system_prompt = SYSTEM_PROMPT.format(
+            horizon=horizon, dim=dim, count=horizon * dim, num_bins=num_bins
+        )
+        self.digit_ids, self.space_id, self.mask_id = number_tokens(self.tokenizer)
+        self.pad_id = self.tokenizer.pad_token_id
+        self._prompts: dict[str, list[int]] = {}
+        # What the template writes after the assistant's words: "<|im_end|>\n" for Qwen.
+        answer = "0"
+        closed = self._render([*self._messages("x"), {"role": "assistant", "content": answer}], False)
+        opened = self._render(self._messages("x"), True)
+        self.tail_ids = self._tokenize(closed.removeprefix(opened + answer))
+        self.end_id = self.tail_ids[0]
+        # Integer v → its token ids, and the place value (100, 10, 1) of each of its digits.
+        texts = [str(v) for v in range(num_bins + 1)]
+        self._number_ids = [[self.digit_ids[int(c)] for c in t] for t in texts]
+        self._number_places = [[10 ** (len(t) - 1 - i) for i in range(len(t))] for t in texts]
+
+    def _messages(self, instruction: str) -> list[dict[str, Any]]:
+        pictures = [{"type": "image"}] * self.num_pictures
+        return [
+            {"role": "system", "content": [{"type": "text", "text": self.system_prompt}]},
+            {"role": "user", "content": [*pictures, {"type": "text", "text": instruction}]},
+        ]
+
+    def _render(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
+        return self.processor.apply_chat_template(
+            messages,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            add_vision_id=self.add_vision_id,
+        )
+
+    def _tokenize(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def prompt_ids(self, instruction: str) -> list[int]:
+        """Token ids up to and including the start of the assistant's turn, image tokens expanded. Cached.
+
+        Raises:
+            ValueError: an empty instruction, or one that contains the tokenizer's special tokens.
+        """
+        if instruction in self._prompts:
+            return self._prompts[instruction]
+        if not instruction.strip():
+            raise ValueError(
+                "task is an empty string: VLA-0 needs an instruction. Give every episode of the data set a "
+                "task, or pass batch['task']."
+            )
+        special = [t for t in self.tokenizer.all_special_tokens if t in instruction]
+        if special:
+            raise ValueError(f"task {instruction!r} contains the special token {special[0]!r}.")
+        height, width = self.picture_size
+        # Only the sizes matter: the processor replaces each picture's placeholder by its image tokens.
+        blank = [torch.zeros(3, height, width, dtype=torch.uint8)] * self.num_pictures
+        text = self._render(self._messages(instruction), True)
+        ids = self.processor(text=[text], images=blank, images_kwargs={"do_resize": False})["input_ids"][0]
+        if len(self._prompts) >= MAX_CACHED_PROMPTS:
+            self._prompts.clear()
+        self._prompts[instruction] = list(ids)
+        return self._prompts[instruction]
+
+    def inference_batch(self, instructions: list[str]) -> dict[str, Tensor]:
+        """Left-padded `input_ids` and `attention_mask`, (B, T) each: every row's next token is at the end."""
+        return self._pad([self.prompt_ids(t) for t in instructions], left=True)
+
+    def training_batch(
+        self,
+        instructions: list[str],
+        bins: Tensor,
+        *,
+        padded_steps: Tensor | None = None,
+        mask_prob: float = 0.0,
+        mask_skip_prob: float = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> dict[str, Tensor]:
+        """Right-padded examples for supervised fine-tuning.
+
+        Args:
+            instructions: B instructions.
+            bins: (B, H, D) int64 in 0..num_bins.
+            padded_steps: (B, H) bool, timesteps whose tokens are left out of the loss; None supervises all.
+            mask_prob: masked action augmentation: the share of characters hidden is drawn from U(0, mask_prob).
+            mask_skip_prob: share of examples that are left unmasked.
+            generator: CPU generator of the augmentation; None switches it off.
+
+        Returns:
+            `input_ids`, `attention_mask`, `labels` (IGNORE outside the answer), all (B, T), and `places` (B, T):
+            the place value (1, 10, 100, ...) of each digit of the answer, 0 elsewhere.
+        """
+        rows, labels, places = [], [], []
+        for i, instruction in enumerate(instructions):
+            prompt = self.prompt_ids(instruction)
+            answer, place = [], []
+            for v in bins[i].flatten().tolist():
+                answer += [*self._number_ids[v], self.space_id]
+                place += [*self._number_places[v], 0]
+            answer.pop()  # no space after the last integer
+            place.pop()
+            target = list(answer)
+            if padded_steps is not None:
+                self._drop_padded(target, place, padded_steps[i].tolist())
+            # Drawn even when the example is skipped or the share is 0: one example's fate never shifts another's.
+            if generator is not None:
+                skip, share = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
+                order = torch.randperm(len(answer), generator=generator).tolist()
+                if skip >= mask_skip_prob:
+                    for j in order[: int(share * mask_prob * len(answer))]:
+                        answer[j], target[j] = self.mask_id, IGNORE
+            tail = self.tail_ids
+            rows.append(prompt + answer + tail)
+            labels.append([IGNORE] * len(prompt) + target + tail)
+            places.append([0] * len(prompt) + place + [0] * len(tail))
+        batch = self._pad(rows, left=False)
+        width = batch["input_ids"].shape[1]
+        batch["labels"] = torch.tensor([r + [IGNORE] * (width - len(r)) for r in labels])
+        batch["places"] = torch.tensor([r + [0] * (width - len(r)) for r in places])
+        return batch
+
+    def _drop_padded(self, target: list[int], place: list[int], padded: list[bool]) -> None:
+        """Takes the characters of padded timesteps (digits and the space before them) out of `target`."""
+        number = 0
+        for j in range(len(target)):
+            # The space that leads into a padded timestep belongs to it: it is written only because of it.
+            number += place[j] == 0
+            if padded[number // self.dim]:
+                target[j] = IGNORE
+
+    def _pad(self, rows: list[list[int]], left: bool) -> dict[str, Tensor]:
+        width = max(map(len, rows))
+        gaps = [width - len(r) for r in rows]
+        ids = [[self.pad_id] * g + r if left else r + [self.pad_id] * g for g, r in zip(gaps, rows, strict=True)]
+        mask = [[0] * g + [1] * len(r) if left else [1] * len(r) + [0] * g for g, r in zip(gaps, rows, strict=True)]
+        return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+
+
+def number_tokens(tokenizer: Any) -> tuple[list[int], int, int]:
+    """(ids of "0".."9", id of " ", id of "?").
+
+    Raises:
+        ValueError: one of them is not a single token, or a number is not written digit by digit. Qwen's tokenizers
+            write numbers digit by digit; tokenizers that merge digits are not supported.
+    """
+
+    def one(text: str) -> int:
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        if len(ids) != 1:
+            raise ValueError(
+                f"vlm: its tokenizer writes {text!r} as {len(ids)} tokens; VLA-0 needs each digit, the space and "
+                f"{MASK_CHARACTER!r} to be one token, as in Qwen2.5-VL."
+            )
+        return ids[0]
+
+    digits, space, mask = [one(str(d)) for d in range(10)], one(" "), one(MASK_CHARACTER)
+    probe = "1000 12 407"
+    expected = [space if c == " " else digits[int(c)] for c in probe]
+    if tokenizer.encode(probe, add_special_tokens=False) != expected:
+        raise ValueError(
+            f"vlm: its tokenizer merges the digits of {probe!r} into "
+            f"{tokenizer.convert_ids_to_tokens(tokenizer.encode(probe, add_special_tokens=False))}; VLA-0 needs one "
+            "token per digit, as in Qwen2.5-VL."
+        )
+    return digits, space, mask
