@@ -4,7 +4,6 @@ For demos, tests and machines without a download: the architecture, the chat tem
 tokenised are Qwen2.5-VL's, only the sizes are not.
 """
 
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -134,7 +133,7 @@ def make_tiny_vlm(config: TinyVLMConfig) -> Path:
     )
     model.save_pretrained(out)
     processor.save_pretrained(out)
-    logging.info(f"Wrote a Qwen2.5-VL with {model.num_parameters() / 1e6:.1f} million random parameters to {out}")
+    print(f"Wrote a Qwen2.5-VL with {model.num_parameters() / 1e6:.1f} million random parameters to {out}")
     return out
 
 

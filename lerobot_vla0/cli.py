@@ -1,0 +1,51 @@
+"""`lerobot-vla0 <command> [--option=value ...]`: what LeRobot's own scripts do not do."""
+
+import logging
+import sys
+from dataclasses import dataclass
+from importlib import import_module
+
+import draccus
+from draccus.utils import DraccusException
+
+
+@dataclass
+class Command:
+    module: str  # imported only when the command runs, so that `--help` answers at once
+    config: str
+    function: str
+    help: str
+
+
+COMMANDS = {
+    "record": Command("libero.record", "RecordConfig", "record", "record LIBERO episodes of a scripted expert"),
+    "tiny-vlm": Command("tiny_vlm", "TinyVLMConfig", "make_tiny_vlm", "write a small Qwen2.5-VL with random weights"),
+}
+USAGE = "usage: lerobot-vla0 COMMAND [--option=value ...]\n\ncommands:\n" + "\n".join(
+    f"  {name:10} {command.help}" for name, command in COMMANDS.items()
+)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point. User errors end with their message and exit status 1, without a traceback."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(f"{USAGE}\n\n`lerobot-vla0 COMMAND --help` lists a command's options.")
+        return
+    if argv[0] not in COMMANDS:
+        sys.exit(f"lerobot-vla0: unknown command {argv[0]!r}\n{USAGE}")
+    command = COMMANDS[argv[0]]
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    module = import_module(f"lerobot_vla0.{command.module}")
+    try:
+        config = draccus.parse(getattr(module, command.config), args=argv[1:], prog=f"lerobot-vla0 {argv[0]}")
+        getattr(module, command.function)(config)
+    except (
+        DraccusException,
+        ValueError,
+        FileExistsError,
+        FileNotFoundError,
+        ImportError,
+        RuntimeError,
+    ) as error:
+        sys.exit(f"lerobot-vla0 {argv[0]}: {error}")

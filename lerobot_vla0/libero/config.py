@@ -1,0 +1,88 @@
+"""`--env.type=vla0_libero`: LeRobot's LIBERO environment with the settings of the VLA-0 paper."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import gymnasium as gym
+from lerobot.envs.configs import EnvConfig, LiberoEnv
+from lerobot.envs.utils import _LazyAsyncVectorEnv, freeze_after_episode_end
+
+from .assets import prepare_libero
+
+# Step limits of the paper's evaluation; LeRobot's own differ in libero_spatial (280).
+MAX_STEPS = {
+    "libero_spatial": 220,  # longest training demo has 193 steps
+    "libero_object": 280,  # longest training demo has 254 steps
+    "libero_goal": 300,  # longest training demo has 270 steps
+    "libero_10": 520,  # longest training demo has 505 steps
+    "libero_90": 400,  # longest training demo has 373 steps
+}
+
+
+@EnvConfig.register_subclass("vla0_libero")
+@dataclass
+class VLA0LiberoEnv(LiberoEnv):
+    """LIBERO at 256×256 with the paper's step limits, which never asks questions and can run without a download.
+
+    Raises:
+        ValueError: an unknown suite in `task`.
+    """
+
+    # Suite, or several separated by commas.
+    task: str = "libero_object"
+    observation_height: int = 256
+    observation_width: int = 256
+    # "auto": LIBERO's assets if installed, else stand-ins for libero_object. "real", "primitive", or a folder.
+    assets: str = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        unknown = [suite for suite in self.suites if suite not in MAX_STEPS]
+        if unknown or not self.suites:
+            raise ValueError(f"task={self.task!r}: unknown LIBERO suite {unknown}. Known: {', '.join(MAX_STEPS)}.")
+
+    @property
+    def suites(self) -> list[str]:
+        return [suite.strip() for suite in self.task.split(",") if suite.strip()]
+
+    def create_envs(
+        self, n_envs: int, use_async_envs: bool = False
+    ) -> dict[str, dict[int, gym.vector.VectorEnv]]:
+        """{suite: {task id: vector environment of `n_envs` environments}}."""
+        envs: dict[str, dict[int, gym.vector.VectorEnv]] = {}
+        for suite in self.suites:
+            prepare_libero(suite, self.assets)
+            from lerobot.envs.libero import create_libero_envs  # its import reads LIBERO's config file
+
+            envs |= create_libero_envs(
+                task=suite,
+                n_envs=n_envs,
+                camera_name=self.camera_name,
+                init_states=self.init_states,
+                gym_kwargs=self.gym_kwargs,
+                env_cls=partial(_vectorise, suite=suite, assets=self.assets, use_async=use_async_envs),
+                control_mode=self.control_mode,
+                episode_length=self.episode_length or MAX_STEPS[suite],
+                camera_name_mapping=self.camera_name_mapping,
+                is_libero_plus=self.is_libero_plus,
+            )
+        return envs
+
+
+def _vectorise(makers: list[Callable[[], Any]], *, suite: str, assets: str, use_async: bool) -> Any:
+    makers = [partial(_make, maker, suite, assets) for maker in makers]
+    if use_async and len(makers) > 1:
+        return _LazyAsyncVectorEnv(makers)
+    # An environment that ends early waits for the others: its automatic reset would use up an init state.
+    return gym.vector.SyncVectorEnv(
+        [freeze_after_episode_end(maker) for maker in makers],
+        autoreset_mode=gym.vector.AutoresetMode.NEXT_STEP,
+    )
+
+
+def _make(maker: Callable[[], Any], suite: str, assets: str) -> Any:
+    """Runs in the worker process, which knows nothing of what its parent prepared."""
+    prepare_libero(suite, assets)
+    return maker()
