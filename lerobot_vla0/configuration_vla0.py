@@ -33,7 +33,7 @@ class VLA0Config(PreTrainedConfig):
     gradient_checkpointing: bool = False
     # Leave the vision encoder as it is and train the language model only.
     freeze_vision: bool = False
-    # torch.compile the language model. Pays off on GPUs in long runs; the first steps are slow.
+    # torch.compile the language model in training. Pays off on GPUs in long runs; the first steps are slow.
     compile_model: bool = False
 
     # --- actions as text ---

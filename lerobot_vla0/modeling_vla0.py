@@ -250,6 +250,8 @@ class VLA0Policy(PreTrainedPolicy):
         """Forgets the queued actions. Call at the start of every episode."""
         self._queue: deque[Tensor] = deque(maxlen=self.config.n_action_steps)
 
+    # compile_model compiles for training: a cache that grows by a token would be compiled again and again.
+    @torch.compiler.set_stance("force_eager")
     @torch.no_grad()
     def _decode(self, batch: dict[str, Any], steps: int) -> Tensor:
         """Bins (B, steps, D) as float32, of the first `steps` timesteps."""

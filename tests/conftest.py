@@ -1,0 +1,154 @@
+"""Shared fixtures: a tiny VLM, a policy on it, and reference data where it is at hand."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lerobot_vla0.configuration_vla0 import VLA0Config
+
+ROOT = Path(__file__).parents[1]
+# Reference vectors, the real Qwen tokenizer and LIBERO's assets lie beside the checkout, not in it.
+SHARED = Path(os.environ.get("VLA0_SHARED", ROOT.parent / "shared"))
+ACTION_DIM = 7
+
+
+def shared(name: str) -> Path:
+    path = SHARED / name
+    if not path.exists():
+        pytest.skip(f"reference data {name} is not at hand (set VLA0_SHARED)")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_vlm(tmp_path_factory) -> Path:
+    from lerobot_vla0.tiny_vlm import TinyVLMConfig, make_tiny_vlm
+
+    return make_tiny_vlm(TinyVLMConfig(out=tmp_path_factory.mktemp("vlm") / "tiny"))
+
+
+@pytest.fixture(scope="session")
+def golden() -> dict:
+    return json.loads(shared("golden/vla0_sample.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def qwen_processor():
+    from transformers import AutoTokenizer, Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
+
+    tokenizer = AutoTokenizer.from_pretrained(shared("qwen_tokenizer"))
+    return Qwen2_5_VLProcessor(
+        image_processor=Qwen2VLImageProcessor(),
+        tokenizer=tokenizer,
+        video_processor=Qwen2VLVideoProcessor(),
+        chat_template=tokenizer.chat_template,
+    )
+
+
+def make_config(vlm: Path | str, size: int = 64, **overrides) -> VLA0Config:
+    from lerobot.configs import FeatureType, PolicyFeature
+
+    inputs = {
+        "observation.images.image": PolicyFeature(FeatureType.VISUAL, (3, size, size)),
+        "observation.images.image2": PolicyFeature(FeatureType.VISUAL, (3, size, size)),
+        "observation.state": PolicyFeature(FeatureType.STATE, (8,)),
+    }
+    settings = {"device": "cpu", "dtype": "float32", "image_size": 56, "push_to_hub": False, **overrides}
+    settings.setdefault("input_features", inputs)
+    settings.setdefault("output_features", {"action": PolicyFeature(FeatureType.ACTION, (ACTION_DIM,))})
+    return VLA0Config(vlm=str(vlm), **settings)
+
+
+def make_stats(low: float = -1.0, high: float = 1.0) -> dict:
+    return {
+        "action": {"min": torch.full((ACTION_DIM,), low), "max": torch.full((ACTION_DIM,), high)},
+        "observation.state": {"min": torch.full((8,), -1.0), "max": torch.full((8,), 1.0)},
+    }
+
+
+TASKS = [
+    "pick up the milk and place it in the basket",
+    "open the drawer",
+    "turn on the stove",
+    "put the bowl on the plate next to the ramekin",
+]
+
+
+def make_batch(rows: int = 4, size: int = 64, seed: int = 0, chunk_size: int = 8) -> dict:
+    """A batch as LeRobot's data loader gives it (images already float in [0, 1])."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "observation.images.image": torch.rand(rows, 3, size, size, generator=generator),
+        "observation.images.image2": torch.rand(rows, 3, size, size, generator=generator),
+        "observation.state": torch.rand(rows, 8, generator=generator) * 2 - 1,
+        "action": torch.rand(rows, chunk_size, ACTION_DIM, generator=generator) * 2 - 1,
+        "action_is_pad": torch.zeros(rows, chunk_size, dtype=torch.bool),
+        "task": [TASKS[i % len(TASKS)] for i in range(rows)],
+    }
+
+
+def observation(batch: dict, rows: slice = slice(None)) -> dict:
+    """The part of a batch that a policy has when it acts."""
+    return {k: v[rows] for k, v in batch.items() if k.startswith("observation") or k == "task"}
+
+
+@pytest.fixture
+def policy(tiny_vlm):
+    from lerobot_vla0.modeling_vla0 import VLA0Policy
+
+    return VLA0Policy(make_config(tiny_vlm)).eval()
+
+
+@pytest.fixture
+def processors(tiny_vlm):
+    from lerobot_vla0.processor_vla0 import make_vla0_pre_post_processors
+
+    return make_vla0_pre_post_processors(make_config(tiny_vlm), make_stats())
+
+
+@pytest.fixture(scope="session")
+def process_env(tmp_path_factory) -> dict[str, str]:
+    """Environment of the processes that tests start: network off, caches and LIBERO's config in a throw-away place."""
+    home = tmp_path_factory.mktemp("home")
+    return {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(home / "hf"),
+        "HF_LEROBOT_HOME": str(home / "lerobot"),
+        "XDG_CACHE_HOME": str(home / "cache"),
+        "LIBERO_CONFIG_PATH": str(home / "libero"),
+        "WANDB_MODE": "disabled",
+        "TQDM_DISABLE": "1",
+    }
+
+
+def run_script(name: str, *arguments: str, env: dict[str, str], timeout: int = 600, check: bool = True):
+    """Runs an installed console script as a user would; its output is shown when it fails."""
+    script = Path(sys.executable).with_name(name)
+    command = [str(script), *arguments]
+    result = subprocess.run(
+        command,
+        env=env,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=timeout,
+    )
+    if check and result.returncode:
+        pytest.fail(f"{' '.join(command)} exited with {result.returncode}:\n{result.stdout[-4000:]}")
+    return result
+
+
+@pytest.fixture(scope="session")
+def libero_dataset(tmp_path_factory, process_env) -> Path:
+    """Two recorded episodes of one libero_object task, on the stand-in assets."""
+    out = tmp_path_factory.mktemp("data") / "milk"
+    run_script(
+        "lerobot-vla0", "record", f"--out={out}", "--tasks=[7]", "--episodes=2", "--assets=primitive", env=process_env
+    )
+    return out

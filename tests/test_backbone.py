@@ -1,0 +1,112 @@
+import json
+import time
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor, BertConfig, Qwen2_5_VLConfig
+
+from lerobot_vla0 import backbone
+
+
+@pytest.fixture(scope="module")
+def vlm(tiny_vlm):
+    return backbone.load_vlm(tiny_vlm, revision=None, dtype="float32", attn_implementation=None)
+
+
+def prompts(processor, texts: list[str], seed: int = 0) -> dict[str, torch.Tensor]:
+    """Left-padded prompts of different lengths, with one picture each."""
+    processor.tokenizer.padding_side = "left"
+    picture = "<|vision_start|><|image_pad|><|vision_end|>"
+    generator = torch.Generator().manual_seed(seed)
+    pictures = torch.randint(0, 256, (len(texts), 1, 3, 56, 112), generator=generator).byte()
+    tokens = processor(
+        text=[picture + t for t in texts],
+        images=list(pictures[:, 0]),
+        images_kwargs={"do_resize": False},
+        padding=True,
+        return_tensors="pt",
+    )
+    inputs = {key: tokens[key] for key in ("input_ids", "attention_mask")}
+    return inputs | backbone.vision_inputs(processor, pictures, inputs["input_ids"])
+
+
+def test_prompt_cache_equals_a_full_pass(vlm):
+    """Feeding tokens one by one, or several at once, behind left-padded prompts gives the logits of Transformers'
+    own forward on each whole sequence alone: positions (multimodal RoPE included), mask and cache are right."""
+    model, processor = vlm
+    texts, answer = ["go", "put the bowl on the plate"], torch.tensor([[15, 16, 220, 17], [18, 220, 19, 20]])
+    ids = torch.arange(15, 25)
+    inputs = prompts(processor, texts)
+    with torch.no_grad():
+        cache = backbone.PromptCache(model, inputs, ids)
+        got = [cache.logits[:, None], cache.extend(answer[:, :1]), cache.extend(answer[:, 1:])]
+        got = torch.cat(got, 1)  # (2, 5, 10)
+        for i in range(2):
+            real = inputs["attention_mask"][i].bool()
+            alone = torch.cat([inputs["input_ids"][i][real], answer[i]])[None]
+            patches = inputs["pixel_values"].view(2, -1, inputs["pixel_values"].shape[-1])[i]
+            expected = model(
+                input_ids=alone,
+                attention_mask=torch.ones_like(alone),
+                pixel_values=patches,
+                image_grid_thw=inputs["image_grid_thw"][i : i + 1],
+                mm_token_type_ids=(alone == processor.image_token_id).int(),
+            ).logits[0, -5:, ids]
+            assert torch.allclose(got[i], expected, atol=1e-5)
+
+
+def test_saved_folder_is_json_only_and_rebuilds(vlm, tmp_path):
+    model, processor = vlm
+    folder = tmp_path / "vlm"
+    backbone.save_vlm(model, processor, folder)
+    assert {p.suffix for p in folder.iterdir()} == {".json"}
+    assert json.loads((folder / "chat_template.json").read_text())["chat_template"] == processor.chat_template
+    built, loaded = backbone.build_vlm(folder, dtype="bfloat16", attn_implementation="eager")
+    assert loaded.chat_template == processor.chat_template
+    assert loaded.tokenizer.get_vocab() == processor.tokenizer.get_vocab()
+    assert {k: v.shape for k, v in built.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
+    assert built.dtype == torch.bfloat16 and built.config._attn_implementation == "eager"
+    assert built.lm_head.weight is built.model.language_model.embed_tokens.weight
+    # position embeddings stay in float32, and are there although nothing was initialised
+    inv_freq = built.model.language_model.rotary_emb.inv_freq
+    assert inv_freq.dtype == torch.float32
+    assert torch.equal(inv_freq, model.model.language_model.rotary_emb.inv_freq)
+    assert torch.equal(built.model.visual.rotary_pos_emb.inv_freq, model.model.visual.rotary_pos_emb.inv_freq)
+
+
+@pytest.mark.slow
+def test_3b_shape_is_built_without_random_initialisation(tiny_vlm, tmp_path):
+    """Building the real 3B shape is a matter of seconds and allocates, but does not fill, its 7.5 GB."""
+    config = Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36,
+            "num_attention_heads": 16, "num_key_value_heads": 2, "tie_word_embeddings": True,
+        },
+        vision_config={"hidden_size": 1280, "intermediate_size": 3420, "out_hidden_size": 2048},
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    config.architectures = ["Qwen2_5_VLForConditionalGeneration"]
+    AutoProcessor.from_pretrained(tiny_vlm).save_pretrained(tmp_path)
+    config.save_pretrained(tmp_path)
+    start = time.process_time()
+    model, _ = backbone.build_vlm(tmp_path, dtype="bfloat16", attn_implementation=None)
+    seconds = time.process_time() - start
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(3.75e9, rel=0.01)
+    # Random initialisation takes minutes of CPU time: this bound tells the two apart, it measures nothing.
+    assert seconds < 60
+
+
+def test_gives_the_weights_of_the_folder(vlm, tiny_vlm):
+    theirs = AutoModelForImageTextToText.from_pretrained(tiny_vlm)
+    assert all(torch.equal(a, b) for a, b in zip(vlm[0].parameters(), theirs.parameters(), strict=True))
+
+
+def test_not_a_vlm(tmp_path):
+    BertConfig().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is a 'bert' model. Supported are vision-language models.*qwen2_5_vl"):
+        backbone.load_vlm(tmp_path, revision=None, dtype="float32", attn_implementation=None)
+
+
+def test_nothing_there(tmp_path):
+    with pytest.raises(ValueError, match="no vision-language model could be read there"):
+        backbone.load_vlm(tmp_path / "nowhere", revision=None, dtype="float32", attn_implementation=None)

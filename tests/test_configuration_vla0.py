@@ -1,0 +1,89 @@
+import pytest
+from conftest import make_config
+from lerobot.configs import FeatureType, NormalizationMode, PolicyFeature, PreTrainedConfig
+
+from lerobot_vla0 import VLA0Config
+
+
+def test_is_registered_as_vla0():
+    assert PreTrainedConfig.get_choice_class("vla0") is VLA0Config
+    assert VLA0Config(device="cpu").type == "vla0"
+
+
+def test_defaults_are_the_published_recipe():
+    config = VLA0Config(device="cpu")
+    assert (config.vlm, config.chunk_size, config.n_action_steps) == ("Qwen/Qwen2.5-VL-3B-Instruct", 8, 8)
+    assert (config.num_bins, config.image_size, config.crop_ratio) == (1000, 224, 0.875)
+    assert config.jitter == (0.2, 0.2, 0.2, 0.05)
+    assert (config.action_mask_prob, config.action_mask_skip_prob) == (0.4, 0.1)
+    optimizer = config.get_optimizer_preset()
+    assert (optimizer.lr, optimizer.weight_decay, optimizer.grad_clip_norm) == (4e-5, 1e-10, 1.0)
+    assert config.get_scheduler_preset() is None
+    assert VLA0Config(device="cpu", scheduler_warmup_steps=5).get_scheduler_preset().num_warmup_steps == 5
+    assert config.action_delta_indices == list(range(8)) and config.observation_delta_indices is None
+
+
+def test_round_trip(tmp_path):
+    config = make_config("vlm", cameras=["observation.images.image2"], num_bins=255)
+    config.save_pretrained(tmp_path)
+    loaded = PreTrainedConfig.from_pretrained(tmp_path)
+    assert loaded == config
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "allowed"),
+    [
+        ("dtype", "fp8", "one of bfloat16, float16, float32"),
+        ("n_obs_steps", 2, "1 \\(VLA-0 has no history\\)"),
+        ("chunk_size", 0, "at least 1"),
+        ("n_action_steps", 9, "1..chunk_size \\(8\\)"),
+        ("num_bins", 1, "at least 2"),
+        ("temperature", -1.0, "at least 0"),
+        ("cameras", [], "list of different image keys"),
+        ("cameras", ["a", "a"], "list of different image keys"),
+        ("image_size", 0, "at least 1 pixel"),
+        ("crop_ratio", 1.2, "in \\(0, 1\\]"),
+        ("jitter_hue", 0.6, "in \\[0, 0.5\\]"),
+        ("jitter_contrast", -0.1, "in \\[0, 1\\]"),
+        ("action_mask_prob", 1.5, "in \\[0, 1\\]"),
+        ("optimizer_lr", 0.0, "above 0"),
+        ("scheduler_warmup_steps", -1, "at least 0"),
+    ],
+)
+def test_errors_name_field_value_and_what_is_allowed(field, value, allowed):
+    shown = repr(value).replace("[", "\\[").replace("]", "\\]")
+    with pytest.raises(ValueError, match=f"{field}={shown} is not allowed: it must be .*{allowed}"):
+        VLA0Config(device="cpu", **{field: value})
+
+
+@pytest.mark.parametrize("kind", ["ACTION", "STATE", "VISUAL"])
+def test_normalization_without_bounds_is_refused(kind):
+    mapping = VLA0Config(device="cpu").normalization_mapping | {kind: NormalizationMode.MEAN_STD}
+    with pytest.raises(ValueError, match=f"normalization_mapping\\['{kind}'\\]"):
+        VLA0Config(device="cpu", normalization_mapping=mapping)
+
+
+def test_quantiles_are_accepted():
+    mapping = VLA0Config(device="cpu").normalization_mapping | {"ACTION": NormalizationMode.QUANTILES}
+    VLA0Config(device="cpu", normalization_mapping=mapping)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"output_features": {}}, "needs an `action` feature"),
+        ({"output_features": {"action": PolicyFeature(FeatureType.ACTION, (2, 7))}}, "must be a vector"),
+        ({"input_features": {"observation.state": PolicyFeature(FeatureType.STATE, (8,))}}, "at least one camera"),
+        ({"cameras": ["observation.images.top"]}, "which are not there. Present: .*observation.images.image2"),
+        (
+            {
+                "use_state": True,
+                "input_features": {"observation.images.a": PolicyFeature(FeatureType.VISUAL, (3, 64, 64))},
+            },
+            "use_state=True needs the feature observation.state",
+        ),
+    ],
+)
+def test_features(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        make_config("vlm", **overrides).validate_features()

@@ -1,0 +1,102 @@
+import pytest
+import torch
+import torchvision.transforms.v2.functional as F  # noqa: N812
+from PIL import Image
+
+from lerobot_vla0.images import color_jitter, crop, prepare_images
+
+SETTINGS = {"size": 224, "crop_ratio": 0.875, "tile": True, "antialias": True}
+
+
+def rand(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def uint8_images(rows: int, size: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, 256, (rows, 3, size, size), generator=torch.Generator().manual_seed(seed)).byte()
+
+
+def test_evaluation_pixels_at_256_are_exactly_the_cameras():
+    one, two = uint8_images(2, 256), uint8_images(2, 256, seed=1)
+    out = prepare_images([one.float() / 255, two.float() / 255], **SETTINGS)
+    assert out.shape == (2, 1, 3, 224, 448) and out.dtype == torch.uint8
+    assert torch.equal(out[:, 0, :, :, :224], one[..., 16:240, 16:240])
+    assert torch.equal(out[:, 0, :, :, 224:], two[..., 16:240, 16:240])
+
+
+def test_untiled_keeps_cameras_apart():
+    cameras = [rand(2, 3, 256, 256), rand(2, 3, 300, 400, seed=1)]
+    out = prepare_images(cameras, **{**SETTINGS, "tile": False})
+    assert out.shape == (2, 2, 3, 224, 224)
+    tiled = prepare_images(cameras, **SETTINGS)
+    assert torch.equal(torch.cat(list(out.unbind(1)), -1), tiled[:, 0])
+
+
+def test_resize_follows_antialias():
+    image = uint8_images(1, 512).float() / 255
+    for antialias in (True, False):
+        out = prepare_images([image], **{**SETTINGS, "antialias": antialias})
+        expected = F.resize(image[..., 32:480, 32:480], [224, 224], antialias=antialias)
+        assert torch.equal(out[:, 0], (expected.clamp(0, 1) * 255).round().byte())
+
+
+def test_random_crops_lie_inside_and_differ_between_rows():
+    # Each pixel says where it was.
+    y, x = torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="ij")
+    images = torch.stack([y, x, y * 64 + x]).expand(16, 3, 64, 64)
+    out = crop(images, 0.875, torch.Generator().manual_seed(0))
+    assert out.shape == (16, 3, 56, 56)
+    tops, lefts = out[:, 0, 0, 0], out[:, 1, 0, 0]
+    assert tops.min() >= 0 and tops.max() <= 8 and len(set(zip(tops.tolist(), lefts.tolist(), strict=True))) > 8
+    for i in range(16):
+        t, left = int(tops[i]), int(lefts[i])
+        assert torch.equal(out[i], images[i, :, t : t + 56, left : left + 56])
+
+
+@pytest.mark.parametrize(
+    ("index", "reference"),
+    [(0, F.adjust_brightness), (1, F.adjust_contrast), (2, F.adjust_saturation), (3, F.adjust_hue)],
+)
+def test_each_jitter_is_torchvisions(index, reference):
+    """With one strength set, each image equals torchvision's function at that image's factor."""
+    images, strength = rand(6, 3, 20, 24), 0.4
+    strengths = [0.0] * 4
+    strengths[index] = strength
+    out = color_jitter(images, *strengths, generator=torch.Generator().manual_seed(3))
+    generator = torch.Generator().manual_seed(3)
+    torch.randperm(4, generator=generator)  # the order is drawn first
+    draws = torch.rand(6, generator=generator) * 2 - 1
+    for i in range(6):
+        factor = (0 if index == 3 else 1) + strength * draws[i].item()
+        assert torch.allclose(out[i], reference(images[i], factor), atol=1e-5)
+    assert not torch.allclose(out, images, atol=1e-2)
+
+
+def test_gray_survives_hue():
+    gray = rand(2, 1, 8, 8).expand(2, 3, 8, 8)
+    out = color_jitter(gray, 0, 0, 0, 0.5, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(out, gray, atol=1e-6)
+
+
+def test_augmentation_is_reproducible_and_off_without_generator():
+    camera, jitter = [rand(3, 3, 64, 64)], (0.2, 0.2, 0.2, 0.05)
+    settings = {**SETTINGS, "size": 56, "jitter": jitter}
+    once, again, other = (
+        prepare_images(camera, **settings, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2)
+    )
+    plain = prepare_images(camera, **settings)
+    assert torch.equal(once, again) and not torch.equal(once, other) and not torch.equal(once, plain)
+    assert torch.equal(plain, prepare_images(camera, **settings))
+
+
+def test_pixel_values_equal_transformers_on_the_pil_image(qwen_processor):
+    """What the model sees is what Transformers' image processor makes of the same uint8 picture as a PIL image."""
+    from lerobot_vla0.backbone import vision_inputs
+
+    pictures = prepare_images([rand(3, 3, 256, 256), rand(3, 3, 256, 256, seed=1)], **SETTINGS)
+    ours = vision_inputs(qwen_processor, pictures, torch.zeros(3, 4, dtype=torch.long))
+    pil = [Image.fromarray(p[0].permute(1, 2, 0).numpy()) for p in pictures]
+    # min_pixels = max_pixels = 224·448, as the original code sets them.
+    theirs = qwen_processor.image_processor(pil, min_pixels=224 * 448, max_pixels=224 * 448, return_tensors="pt")
+    assert torch.equal(ours["pixel_values"], theirs["pixel_values"])
+    assert torch.equal(ours["image_grid_thw"], theirs["image_grid_thw"])

@@ -1,0 +1,359 @@
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_batch, make_config, make_stats, observation
+from lerobot.configs import FeatureType, PolicyFeature
+
+from lerobot_vla0.modeling_vla0 import VLA0Policy
+from lerobot_vla0.processor_vla0 import make_vla0_pre_post_processors
+from lerobot_vla0.prompt import IGNORE
+
+
+def save_all(policy, processors, folder: Path) -> Path:
+    policy.save_pretrained(folder)
+    for processor in processors:
+        processor.save_pretrained(folder)
+    return folder
+
+
+# ---------------------------------------------------------------------------------------------------- training
+
+
+def test_loss_is_transformers_loss(policy, processors):
+    """Cross-entropy at supervised positions only equals Transformers' own loss on the same example and labels."""
+    batch = processors[0](make_batch())
+    inputs, labels, _ = policy.training_inputs(batch)
+    loss, metrics = policy(batch)
+    assert loss.item() == pytest.approx(policy.model(**inputs, labels=labels).loss.item(), rel=1e-5)
+    assert set(metrics) == {"token_accuracy", "action_error_bins", "action_clipped"}
+
+
+def test_reduction_none(policy, processors):
+    batch = processors[0](make_batch())
+    rows, _ = policy(batch, reduction="none")
+    assert rows.shape == (4,)
+    alone = [policy({**observation(batch, slice(i, i + 1)), "action": batch["action"][i : i + 1]})[0] for i in range(4)]
+    assert torch.allclose(rows, torch.stack(alone), rtol=1e-5)
+    with pytest.raises(ValueError, match="'mean' or 'none', got 'sum'"):
+        policy(batch, reduction="sum")
+
+
+def test_augments_in_training_only(policy, processors):
+    batch = processors[0](make_batch())
+    first, second = policy.training_inputs(batch), policy.training_inputs(batch)
+    assert torch.equal(first[1], second[1]) and torch.equal(first[0]["pixel_values"], second[0]["pixel_values"])
+    policy.train()
+    augmented = policy.training_inputs(batch)
+    assert not torch.equal(augmented[0]["pixel_values"], first[0]["pixel_values"])
+    assert (augmented[0]["input_ids"] == policy.chat.mask_id).sum() > (first[0]["input_ids"] == policy.chat.mask_id).sum()
+
+
+def test_augmentation_follows_the_global_seed_and_differs_between_ranks(policy, processors, monkeypatch):
+    batch = processors[0](make_batch())
+    policy.train()
+
+    def draw(seed: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        return policy.training_inputs(batch)[0]["pixel_values"]
+
+    same, again, other = draw(1), draw(1), draw(2)
+    assert torch.equal(same, again) and not torch.equal(same, other)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    assert not torch.equal(same, draw(1))
+
+
+def test_padded_timesteps(tiny_vlm, processors):
+    batch = processors[0](make_batch(rows=2))
+    batch["action_is_pad"][0, 5:] = True
+    default = VLA0Policy(make_config(tiny_vlm)).eval()
+    masked = VLA0Policy(make_config(tiny_vlm, do_mask_loss_for_padding=True)).eval()
+    kept, dropped = default.training_inputs(batch)[1], masked.training_inputs(batch)[1]
+    assert torch.equal(kept[1], dropped[1])
+    gone = (kept[0] != IGNORE) & (dropped[0] == IGNORE)
+    text = default.vlm_processor.tokenizer.decode(kept[0][gone])
+    expected = batch["action"][0, 5:].flatten().tolist()
+    assert text == "".join(f" {v}" for v in expected)
+
+
+def test_metrics_on_known_predictions(policy):
+    """Digits off by known amounts; an integer with a hidden digit does not count."""
+    chat = policy.chat
+    digit, space = chat.digit_ids, chat.space_id
+    labels = torch.tensor([[digit[4], digit[0], digit[7], space, digit[9], space, IGNORE, digit[2]]])
+    places = torch.tensor([[100, 10, 1, 0, 1, 0, 10, 1]])
+    supervised = labels != IGNORE
+    predicted = [digit[3], digit[0], digit[9], space, digit[9], digit[1], digit[0]]  # 407→309, 9→9, a space missed
+    logits = torch.nn.functional.one_hot(torch.tensor(predicted), policy.model.config.text_config.vocab_size).float()
+    metrics = policy._metrics(logits, labels[supervised], supervised, places)
+    assert metrics["action_error_bins"] == pytest.approx((98 + 0) / 2)
+    assert metrics["token_accuracy"] == pytest.approx(3 / 7)
+
+
+def test_clipping_is_logged(tiny_vlm, policy):
+    pre, _ = make_vla0_pre_post_processors(make_config(tiny_vlm), make_stats(-0.5, 0.5))
+    assert policy(pre(make_batch()))[1]["action_clipped"] > 0.3
+
+
+def test_freeze_vision_and_gradient_checkpointing(tiny_vlm, processors):
+    batch = processors[0](make_batch(rows=2))
+    plain = VLA0Policy(make_config(tiny_vlm)).eval()
+    frozen = VLA0Policy(make_config(tiny_vlm, freeze_vision=True, gradient_checkpointing=True)).eval()
+    assert not any(p.requires_grad for p in frozen.model.model.visual.parameters())
+    assert len(frozen.get_optim_params()) < len(plain.get_optim_params())
+    gradients = []
+    for policy in (plain, frozen):
+        policy.train()
+        torch.manual_seed(0)
+        policy(batch)[0].backward()
+        gradients.append(policy.model.model.language_model.layers[0].mlp.up_proj.weight.grad)
+    assert torch.allclose(*gradients, atol=1e-6)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.slow
+def test_compiled_model_gives_the_same(tiny_vlm, processors):
+    batch = processors[0](make_batch(rows=2))
+    plain = VLA0Policy(make_config(tiny_vlm)).eval()
+    compiled = VLA0Policy(make_config(tiny_vlm, compile_model=True)).eval()
+    assert compiled(batch)[0].item() == pytest.approx(plain(batch)[0].item(), rel=1e-4)
+    assert torch.equal(compiled.predict_action_chunk(batch), plain.predict_action_chunk(batch))
+    assert plain.state_dict().keys() == compiled.state_dict().keys()
+
+
+def test_overfits_and_decodes_the_exact_integers(tiny_vlm, processors):
+    """Four samples, learnt by heart, come back digit by digit."""
+    torch.manual_seed(0)
+    config = make_config(tiny_vlm, chunk_size=2, n_action_steps=2, crop_ratio=1.0, image_size=56)
+    policy = VLA0Policy(config)
+    batch = processors[0](make_batch(rows=4, size=56, chunk_size=2))
+    policy.train()
+    # No augmentation: what is tested is that the model can learn its examples and that decoding reads them back.
+    config.action_mask_prob = 0.0
+    config.jitter_brightness = config.jitter_contrast = config.jitter_saturation = config.jitter_hue = 0.0
+    optimizer = torch.optim.AdamW(policy.get_optim_params(), lr=5e-3)
+    for step in range(600):
+        loss, metrics = policy(batch)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        optimizer.step()
+        if metrics["token_accuracy"] == 1.0 and loss.item() < 0.01:
+            break
+    assert metrics["action_error_bins"] == 0.0, f"not learnt after {step} steps: {metrics}"
+    assert torch.equal(policy.predict_action_chunk(observation(batch)), batch["action"].float())
+
+
+# ------------------------------------------------------------------------------------------------------ acting
+
+
+def test_random_weights_give_valid_chunks(policy, processors):
+    for seed in range(3):
+        chunk = policy.predict_action_chunk(observation(processors[0](make_batch(seed=seed))))
+        assert chunk.shape == (4, 8, 7) and chunk.dtype == torch.float32
+        assert chunk.min() >= 0 and chunk.max() <= 1000
+        actions = processors[1](chunk)
+        assert actions.abs().max() <= 1.0 + 1e-6
+
+
+def randomise(policy, seed: int = 1) -> None:
+    """Larger random weights, so that the decoded text depends on everything."""
+    torch.manual_seed(seed)
+    for parameter in policy.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+
+
+def test_batch_of_different_prompts_equals_one_by_one(policy, processors):
+    randomise(policy)
+    batch = observation(processors[0](make_batch(rows=4)))
+    together = policy.predict_action_chunk(batch)
+    assert len({tuple(c.flatten().tolist()) for c in together}) > 1
+    alone = [policy.predict_action_chunk(observation(batch, slice(i, i + 1))) for i in range(4)]
+    assert torch.equal(together, torch.cat(alone))
+
+
+def test_select_action_walks_through_the_chunk(tiny_vlm, processors):
+    policy = VLA0Policy(make_config(tiny_vlm, n_action_steps=3)).eval()
+    randomise(policy)
+    first, second = (observation(processors[0](make_batch(rows=2, seed=s))) for s in (0, 1))
+    chunk = policy.predict_action_chunk(first)
+    # the queue, not the new observation, decides until three actions are spent
+    assert torch.equal(policy.select_action(first), chunk[:, 0])
+    assert torch.equal(policy.select_action(second), chunk[:, 1])
+    assert torch.equal(policy.select_action(second), chunk[:, 2])
+    assert torch.equal(policy.select_action(second), policy.predict_action_chunk(second)[:, 0])
+    policy.reset()
+    assert torch.equal(policy.select_action(first), chunk[:, 0])
+
+
+def test_decodes_only_the_timesteps_it_needs(tiny_vlm, processors):
+    passes = {}
+    for steps in (1, 8):
+        policy = VLA0Policy(make_config(tiny_vlm, n_action_steps=steps)).eval()
+        count = [0]
+        policy.model.model.language_model.register_forward_hook(lambda *_, c=count: c.__setitem__(0, c[0] + 1))
+        policy.select_action(observation(processors[0](make_batch(rows=1))))
+        passes[steps] = count[0]
+    assert passes[1] <= 7 * 5 < 56 * 2 <= passes[8]
+
+
+def test_generation_config_of_the_base_model_has_no_influence(policy, processors):
+    batch = observation(processors[0](make_batch()))
+    assert policy.model.generation_config.repetition_penalty == 1.05  # what Qwen2.5-VL ships with
+    before = policy.predict_action_chunk(batch)
+    policy.model.generation_config.update(
+        repetition_penalty=5.0, do_sample=True, temperature=9.0, suppress_tokens=policy.chat.digit_ids, max_length=3
+    )
+    assert torch.equal(policy.predict_action_chunk(batch), before)
+
+
+def test_temperature_samples(tiny_vlm, processors):
+    policy = VLA0Policy(make_config(tiny_vlm, temperature=1.0)).eval()
+    batch = observation(processors[0](make_batch(rows=1)))
+    torch.manual_seed(0)
+    one, two = policy.predict_action_chunk(batch), policy.predict_action_chunk(batch)
+    torch.manual_seed(0)
+    assert not torch.equal(one, two) and torch.equal(policy.predict_action_chunk(batch), one)
+
+
+def test_acting_leaves_training_mode_and_gradients_alone(policy, processors):
+    batch = processors[0](make_batch(rows=1))
+    policy.train()
+    policy.select_action(observation(batch))
+    assert policy.training and not policy._queue[0].requires_grad
+    policy(batch)[0].backward()
+
+
+def test_untiled_cameras_order_and_state(tiny_vlm, processors):
+    keys = ["observation.images.image2", "observation.images.image"]
+    config = make_config(tiny_vlm, tile_images=False, cameras=keys, use_state=True)
+    policy = VLA0Policy(config).eval()
+    batch = processors[0](make_batch(rows=2))
+    pictures = policy._pictures(batch, None)
+    assert pictures.shape == (2, 2, 3, 56, 56)
+    crop = batch[keys[0]][..., 4:60, 4:60]
+    assert torch.equal(pictures[:, 0], (crop * 255).round().byte())
+    text = policy.vlm_processor.tokenizer.decode(policy.chat.inference_batch(policy._instructions(batch))["input_ids"][0])
+    assert "Picture 2: " in text and "in the basket\nState: " in text
+    assert len(text.split("State: ")[1].split("<")[0].split()) == 8
+    assert policy.predict_action_chunk(observation(batch)).shape == (2, 8, 7)
+
+
+# ------------------------------------------------------------------------------------------------- checkpoints
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_reload_gives_identical_tokens_without_the_base(dtype, tiny_vlm, processors, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(tiny_vlm, base)
+    policy = VLA0Policy(make_config(base, dtype=dtype)).eval()
+    randomise(policy)
+    folder = save_all(policy, processors, tmp_path / "checkpoint")
+    shutil.rmtree(base)
+    loaded = VLA0Policy.from_pretrained(folder)
+    assert loaded.model.dtype == policy.model.dtype and not loaded.training
+    assert all(torch.equal(v, loaded.state_dict()[k]) for k, v in policy.state_dict().items())
+    batch = observation(processors[0](make_batch()))
+    assert torch.equal(loaded.predict_action_chunk(batch), policy.predict_action_chunk(batch))
+    inv_freq = loaded.model.model.language_model.rotary_emb.inv_freq
+    assert inv_freq.dtype == torch.float32
+
+
+def test_checkpoint_holds_only_what_lerobots_push_uploads(policy, processors, tmp_path):
+    folder = save_all(policy, processors, tmp_path)
+    files = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+    assert {Path(f).suffix for f in files} == {".json", ".safetensors"}
+    assert {"config.json", "model.safetensors", "vlm/config.json", "vlm/tokenizer.json"} <= files
+    assert {"policy_preprocessor.json", "policy_postprocessor.json"} <= files
+
+
+@pytest.fixture
+def checkpoint(policy, processors, tmp_path):
+    return save_all(policy, processors, tmp_path / "checkpoint")
+
+
+def test_truncated_weights(checkpoint):
+    weights = checkpoint / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match="model.safetensors could not be loaded.*truncated"):
+        VLA0Policy.from_pretrained(checkpoint)
+
+
+def test_missing_weight_is_not_just_a_warning(checkpoint):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(checkpoint / "model.safetensors")
+    weights.pop("model.model.language_model.layers.0.mlp.up_proj.weight")
+    save_file(weights, checkpoint / "model.safetensors")
+    with pytest.raises(ValueError, match="could not be loaded"):
+        VLA0Policy.from_pretrained(checkpoint)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "vlm/config.json"])
+def test_missing_file(checkpoint, name):
+    (checkpoint / name).unlink()
+    with pytest.raises(FileNotFoundError, match=f"{name} is missing"):
+        VLA0Policy.from_pretrained(checkpoint)
+
+
+def test_missing_statistics_file(checkpoint):
+    next(checkpoint.glob("policy_postprocessor_*.safetensors")).unlink()
+    with pytest.raises(FileNotFoundError, match="statistics that turn integers into robot commands"):
+        VLA0Policy.from_pretrained(checkpoint)
+
+
+def test_statistics_without_action(checkpoint):
+    from safetensors.torch import save_file
+
+    state = next(checkpoint.glob("policy_postprocessor_*.safetensors"))
+    save_file({"observation.state.min": torch.zeros(8)}, state)
+    with pytest.raises(ValueError, match=r"statistics \['min', 'max'\] of 'action' are missing"):
+        VLA0Policy.from_pretrained(checkpoint)
+
+
+def test_other_action_dimension(checkpoint, tiny_vlm):
+    config = make_config(tiny_vlm, output_features={"action": PolicyFeature(FeatureType.ACTION, (6,))})
+    with pytest.raises(ValueError, match="action has 6 dimensions here, but the checkpoint .* trained with 7"):
+        VLA0Policy.from_pretrained(checkpoint, config=config)
+
+
+def test_other_num_bins(checkpoint, tiny_vlm):
+    with pytest.raises(ValueError, match="num_bins=255 differs from the checkpoint's 1000"):
+        VLA0Policy.from_pretrained(checkpoint, config=make_config(tiny_vlm, num_bins=255))
+
+
+# --------------------------------------------------------------------------------------------------- bad input
+
+
+def test_missing_camera_names_those_present(policy, processors):
+    batch = processors[0](make_batch())
+    batch["observation.images.wrist"] = batch.pop("observation.images.image2")
+    with pytest.raises(ValueError, match=r"lacks the camera images \['observation.images.image2'\].*images.wrist"):
+        policy(batch)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda b: b.pop("task"), "no 'task'"),
+        (lambda b: b.__setitem__("task", ["a"]), "4 images but 1 tasks"),
+        (lambda b: b.__setitem__("task", ["", "a", "b", "c"]), "task is an empty string"),
+        (lambda b: b.__setitem__("observation.images.image", torch.rand(4, 3, 40, 40)), "smaller than the crop"),
+        (lambda b: b.__setitem__("observation.images.image", torch.rand(4, 64, 64, 3)), r"\(B, 3, H, W\)"),
+        (lambda b: b.__setitem__("action", torch.rand(4, 8, 7)), "through the policy's preprocessor"),
+        (lambda b: b.__setitem__("action", b["action"][:, :4]), r"shape \(B, 8, 7\)"),
+    ],
+)
+def test_bad_batches(policy, processors, change, message):
+    batch = processors[0](make_batch())
+    change(batch)
+    with pytest.raises(ValueError, match=message):
+        policy(batch)
+
+
+def test_image_size_that_the_vlm_would_resize(tiny_vlm):
+    with pytest.raises(ValueError, match="image_size=60 must be a multiple of 28 for this VLM, for example 56"):
+        VLA0Policy(make_config(tiny_vlm, image_size=60))
