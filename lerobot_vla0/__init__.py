@@ -9,8 +9,9 @@ from importlib import import_module
 from .configuration_vla0 import VLA0Config
 
 # LeRobot finds policy and processor by module name when it needs them. What it looks up in registries must be
-# registered here, but the registries' own modules import transformers: join in only where they are loaded (they are in
-# each of LeRobot's scripts; in Python, `import lerobot_vla0.libero` after the fact does the same).
+# registered here, but the registries' own modules import transformers: join in only where they are loaded
+# (they are in each of LeRobot's scripts; in Python, `import lerobot_vla0.libero` after the fact does the
+# same).
 if "lerobot.processor" in sys.modules:
     import_module(f"{__name__}.processor_vla0")
 if "lerobot.envs.configs" in sys.modules:

@@ -1,7 +1,8 @@
 """Normalised actions ↔ integer bins ↔ text. Pure functions of numbers: no tokens, no robots, no LeRobot.
 
-VLA-0 (arXiv 2510.13054, section 3) writes an action as an integer `round((a - min) / (max - min) * B)` in 0..B.
-LeRobot's normaliser already maps [min, max] to [-1, 1], so all that is left here is the grid on [-1, 1].
+VLA-0 (arXiv 2510.13054, section 3) writes an action as an integer `round((a - min) / (max - min) * B)` in
+0..B. LeRobot's normaliser already maps [min, max] to [-1, 1], so all that is left here is the grid on [-1,
+1].
 """
 
 from collections.abc import Sequence
@@ -30,8 +31,8 @@ class ActionCodec:
     def encode(self, actions: Tensor) -> tuple[Tensor, Tensor]:
         """Actions (any shape, normalised to [-1, 1]) → (bins, clipped), both of the same shape.
 
-        `bins` is int64 in 0..num_bins; `clipped` is True where the action lay outside the grid and was moved to
-        its edge (values within half a bin of the edge are rounding, not clipping).
+        `bins` is int64 in 0..num_bins; `clipped` is True where the action lay outside the grid and was moved
+        to its edge (values within half a bin of the edge are rounding, not clipping).
 
         Raises:
             ValueError: an action is NaN or infinite.
@@ -47,7 +48,8 @@ class ActionCodec:
         return bins.long(), bins != grid
 
     def decode(self, bins: Tensor) -> Tensor:
-        """Bins 0..num_bins (integers, or fractions from averaging several chunks) → float32 actions in [-1, 1]."""
+        """Bins 0..num_bins (integers, or fractions from averaging several chunks) → float32 actions in [-1,
+        1]."""
         return bins.float() / self.num_bins * 2 - 1
 
     def to_text(self, bins: Tensor) -> str:
@@ -58,8 +60,8 @@ class ActionCodec:
         """The inverse of `to_text`: exactly prod(shape) integers in 0..num_bins → int64 tensor of `shape`.
 
         Raises:
-            ValueError: another number of integers, a word that is no integer, or one out of range. A text that
-                breaks the format is refused as a whole; nothing is filled in for what is missing.
+            ValueError: another number of integers, a word that is no integer, or one out of range. A text
+                that breaks the format is refused as a whole; nothing is filled in for what is missing.
         """
         words = text.split()
         expected = torch.Size(shape).numel()

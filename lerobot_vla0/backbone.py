@@ -1,4 +1,5 @@
-"""The VLM: load it, build it empty, save what rebuilds it, feed it pictures and tokens. Knows nothing of actions.
+"""The VLM: load it, build it empty, save what rebuilds it, feed it pictures and tokens. Knows nothing of
+actions.
 
 Everything that depends on the VLM's family (Qwen2.5-VL for now) stands in this file.
 """
@@ -31,8 +32,8 @@ def read_config(vlm: str | Path, revision: str | None = None) -> Any:
         ) from error
     if config.model_type not in FAMILIES:
         raise ValueError(
-            f"vlm={str(vlm)!r} is a {config.model_type!r} model. Supported are vision-language models of type "
-            f"{', '.join(FAMILIES)}, for example Qwen/Qwen2.5-VL-3B-Instruct."
+            f"vlm={str(vlm)!r} is a {config.model_type!r} model. Supported are vision-language models of "
+            f"type {', '.join(FAMILIES)}, for example Qwen/Qwen2.5-VL-3B-Instruct."
         )
     return config
 
@@ -51,7 +52,8 @@ def load_vlm(
 def build_vlm(folder: Path, *, dtype: str, attn_implementation: str | None) -> tuple[nn.Module, Any]:
     """(model with *uninitialised* weights, processor) from the files that `save_vlm` wrote.
 
-    Random initialisation of the 3B shape would take minutes only to be overwritten by the checkpoint's weights.
+    Random initialisation of the 3B shape would take minutes only to be overwritten by the checkpoint's
+    weights.
     """
     config = read_config(folder)
     with no_init_weights():
@@ -70,11 +72,14 @@ def save_vlm(model: nn.Module, processor: Any, folder: Path) -> None:
     # Transformers writes the chat template to chat_template.jinja, which LeRobot's Hub push leaves out
     # (it uploads *.safetensors, *.json, *.yaml, *.md).
     (folder / "chat_template.jinja").unlink(missing_ok=True)
-    (folder / "chat_template.json").write_text(json.dumps({"chat_template": processor.chat_template}, indent=2))
+    (folder / "chat_template.json").write_text(
+        json.dumps({"chat_template": processor.chat_template}, indent=2)
+    )
 
 
 def picture_multiple(processor: Any) -> int:
-    """Height and width of a picture must be multiples of this (28 for Qwen2.5-VL), else it would be resized."""
+    """Height and width of a picture must be multiples of this (28 for Qwen2.5-VL), else it would be
+    resized."""
     return processor.image_processor.patch_size * processor.image_processor.merge_size
 
 
@@ -86,8 +91,8 @@ def vision_inputs(processor: Any, pictures: Tensor, input_ids: Tensor) -> dict[s
         input_ids: (B, T), with the image tokens of N pictures in each row.
     """
     image_processor = processor.image_processor
-    # Transformers' own image processor, on tensors: it groups equal shapes and normalises and patchifies them as one
-    # batch on their device.
+    # Transformers' own image processor, on tensors: it groups equal shapes and normalises and patchifies them
+    # as one batch on their device.
     vision = image_processor(
         images=list(pictures.flatten(0, 1)), do_resize=False, device=pictures.device, return_tensors="pt"
     )
@@ -118,7 +123,8 @@ class PromptCache:
         output = model.model(**inputs, use_cache=True)
         self.cache = output.past_key_values
         self.mask = inputs["attention_mask"]
-        # Multimodal RoPE: an image spans fewer positions than tokens, so text goes on at token count + delta (<= 0).
+        # Multimodal RoPE: an image spans fewer positions than tokens, so text goes on at token count + delta
+        # (<= 0).
         self.next_position = self.mask.sum(1, keepdim=True) + output.rope_deltas
         self.logits = self._head(output.last_hidden_state[:, -1])
 

@@ -18,8 +18,12 @@ class Command:
 
 
 COMMANDS = {
-    "record": Command("libero.record", "RecordConfig", "record", "record LIBERO episodes of a scripted expert"),
-    "tiny-vlm": Command("tiny_vlm", "TinyVLMConfig", "make_tiny_vlm", "write a small Qwen2.5-VL with random weights"),
+    "record": Command(
+        "libero.record", "RecordConfig", "record", "record LIBERO episodes of a scripted expert"
+    ),
+    "tiny-vlm": Command(
+        "tiny_vlm", "TinyVLMConfig", "make_tiny_vlm", "write a small Qwen2.5-VL with random weights"
+    ),
 }
 USAGE = "usage: lerobot-vla0 COMMAND [--option=value ...]\n\ncommands:\n" + "\n".join(
     f"  {name:10} {command.help}" for name, command in COMMANDS.items()

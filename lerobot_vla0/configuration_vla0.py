@@ -25,7 +25,8 @@ class VLA0Config(PreTrainedConfig):
     vlm: str = "Qwen/Qwen2.5-VL-3B-Instruct"
     # Commit, branch or tag of `vlm` on the Hub.
     vlm_revision: str | None = None
-    # Data type of weights and computation: bfloat16, float16 or float32. LeRobot also drives autocast from it.
+    # Data type of weights and computation: bfloat16, float16 or float32. LeRobot also drives autocast from
+    # it.
     dtype: str = "bfloat16"
     # Transformers attention backend (sdpa, flash_attention_2, eager); None lets Transformers choose.
     attn_implementation: str | None = None
@@ -55,7 +56,8 @@ class VLA0Config(PreTrainedConfig):
     cameras: list[str] | None = None
     # Side in pixels that each camera is resized to; a multiple of 28 for Qwen2.5-VL.
     image_size: int = 224
-    # Share of height and width kept: random crop in training, centre crop otherwise. 1.0 keeps the whole image.
+    # Share of height and width kept: random crop in training, centre crop otherwise. 1.0 keeps the whole
+    # image.
     crop_ratio: float = 0.875
     # True: cameras side by side in one picture. False: one picture per camera.
     tile_images: bool = True
@@ -70,8 +72,8 @@ class VLA0Config(PreTrainedConfig):
     jitter_contrast: float = 0.2
     jitter_saturation: float = 0.2
     jitter_hue: float = 0.05
-    # Masked action augmentation: a share drawn from U(0, action_mask_prob) of the answer's characters is shown to
-    # the model as "?" and left out of the loss, so that it cannot just continue its own text.
+    # Masked action augmentation: a share drawn from U(0, action_mask_prob) of the answer's characters is
+    # shown to the model as "?" and left out of the loss, so that it cannot just continue its own text.
     action_mask_prob: float = 0.4
     # Share of training examples left unmasked.
     action_mask_skip_prob: float = 0.1
@@ -143,7 +145,8 @@ class VLA0Config(PreTrainedConfig):
         """Checks input and output features, which LeRobot fills in from the data set or environment."""
         if self.action_feature is None:
             raise ValueError(
-                f"VLA-0 needs an `action` feature; the data set or environment has {sorted(self.output_features or {})}."
+                f"VLA-0 needs an `action` feature; the data set or environment has "
+                f"{sorted(self.output_features or {})}."
             )
         if len(self.action_feature.shape) != 1:
             raise ValueError(f"action must be a vector, got shape {tuple(self.action_feature.shape)}.")
@@ -155,7 +158,9 @@ class VLA0Config(PreTrainedConfig):
             )
         unknown = [key for key in self.cameras or [] if key not in present]
         if unknown:
-            raise ValueError(f"cameras={self.cameras!r} names {unknown}, which are not there. Present: {present}.")
+            raise ValueError(
+                f"cameras={self.cameras!r} names {unknown}, which are not there. Present: {present}."
+            )
         if self.use_state and self.robot_state_feature is None:
             raise ValueError(
                 "use_state=True needs the feature observation.state; present are "

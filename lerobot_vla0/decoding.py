@@ -1,7 +1,9 @@
-"""Constrained decoding of a causal LM under a grammar. Knows tokens and logits; nothing of text, actions, images.
+"""Constrained decoding of a causal LM under a grammar. Knows tokens and logits; nothing of text, actions,
+images.
 
-The definition of VLA-0 decoding here: at each step the argmax of the model's logits over the tokens that the grammar
-allows (ties: lowest token id). No repetition penalty and no sampling, whatever the model's `generation_config` says.
+The definition of VLA-0 decoding here: at each step the argmax of the model's logits over the tokens that the
+grammar allows (ties: lowest token id). No repetition penalty and no sampling, whatever the model's
+`generation_config` says.
 """
 
 from collections.abc import Callable
@@ -33,10 +35,12 @@ def decode(
 
     Args:
         logits: (R, 12) logits of the grammar's symbols after the prompt.
-        step: next token of each row, (R, 1) token ids → logits after it, (R, 1, 12). Extends its own KV cache.
+        step: next token of each row, (R, 1) token ids → logits after it, (R, 1, 12). Extends its own KV
+            cache.
         grammar: what may be written.
         count: integers needed; fewer than `grammar.count` stops early. None writes the whole text.
-        temperature: 0 takes the argmax, above 0 samples from softmax(logits / temperature) over allowed symbols.
+        temperature: 0 takes the argmax, above 0 samples from softmax(logits / temperature) over allowed
+            symbols.
         generator: of the sampling, on the logits' device.
     """
     needed = grammar.count if count is None else count

@@ -1,4 +1,5 @@
-"""The language of VLA-0's answers: exactly n integers in 0..B, single spaces, no leading zeros, then end of turn.
+"""The language of VLA-0's answers: exactly n integers in 0..B, single spaces, no leading zeros, then end of
+turn.
 
 The automaton works on whole batches of rows with tensor arithmetic: a row's state is how many integers are
 finished and the value of the one being written. Knows tokens; knows nothing of models or robots.
@@ -21,8 +22,8 @@ class GrammarState(NamedTuple):
 class IntegerGrammar:
     """Token automaton for "`count` integers in 0..`maximum`".
 
-    A *symbol* is an index into `token_ids`, the 12 tokens that can occur, in ascending order of token id, so that
-    the first maximum over symbols is also the lowest token id among ties.
+    A *symbol* is an index into `token_ids`, the 12 tokens that can occur, in ascending order of token id, so
+    that the first maximum over symbols is also the lowest token id among ties.
 
     Args:
         count: how many integers a text has (H·D).
@@ -58,12 +59,16 @@ class IntegerGrammar:
         )
 
     def allowed(self, state: GrammarState) -> Tensor:
-        """Which symbols may follow, (R, 12) bool. At least one always may; a finished row allows only the end."""
+        """Which symbols may follow, (R, 12) bool. At least one always may; a finished row allows only the
+        end."""
         value, digits = state.value[:, None], self.digits[None, :]
         started = value >= 0
-        # A further digit d is allowed while 10·value + d stays in range; after a leading "0" nothing may follow.
+        # A further digit d is allowed while 10·value + d stays in range; after a leading "0" nothing may
+        # follow.
         extended = torch.where(started, 10 * value, 0) + digits
-        digit_ok = (digits >= 0) & (extended <= self.maximum) & (value != 0) & self._unfinished(state)[:, None]
+        digit_ok = (
+            (digits >= 0) & (extended <= self.maximum) & (value != 0) & self._unfinished(state)[:, None]
+        )
         last = (state.index >= self.count - 1)[:, None]
         symbols = torch.arange(12, device=self.digits.device)[None, :]
         space_ok = (symbols == self.space) & started & ~last
@@ -77,7 +82,9 @@ class IntegerGrammar:
         completed = ~is_digit & unfinished
         slot = state.index.clamp(max=self.count - 1)[:, None]
         kept = state.integers.gather(1, slot)
-        integers = state.integers.scatter(1, slot, torch.where(completed[:, None], state.value[:, None], kept))
+        integers = state.integers.scatter(
+            1, slot, torch.where(completed[:, None], state.value[:, None], kept)
+        )
         value = torch.where(is_digit, state.value.clamp(min=0) * 10 + digit, -1)
         return GrammarState(state.index + completed, value, integers)
 

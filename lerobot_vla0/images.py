@@ -1,8 +1,9 @@
-"""Camera images → what the VLM looks at: crop, resize, colour jitter, tile. Batched, on the images' own device.
+"""Camera images → what the VLM looks at: crop, resize, colour jitter, tile. Batched, on the images' own
+device.
 
 Follows the published recipe (arXiv 2510.13054, section 4.1, and its training code's settings): crop to 0.875,
-resize to 224×224, jitter in training only, cameras side by side. At 256×256 input the crop is exactly 224, so no
-resize happens and evaluation pixels are exactly the camera's.
+resize to 224×224, jitter in training only, cameras side by side. At 256×256 input the crop is exactly 224, so
+no resize happens and evaluation pixels are exactly the camera's.
 """
 
 import torch
@@ -13,8 +14,8 @@ GRAY = (0.2989, 0.587, 0.114)  # ITU-R 601 luma, torchvision's rgb_to_grayscale
 
 
 def crop(images: Tensor, ratio: float, generator: torch.Generator | None = None) -> Tensor:
-    """(B, C, H, W) → (B, C, int(H·ratio), int(W·ratio)): centre crop, or, given a generator, one random crop per
-    image."""
+    """(B, C, H, W) → (B, C, int(H·ratio), int(W·ratio)): centre crop, or, given a generator, one random crop
+    per image."""
     height, width = images.shape[-2:]
     h, w = int(height * ratio), int(width * ratio)
     if generator is None:

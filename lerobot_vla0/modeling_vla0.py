@@ -1,7 +1,8 @@
 """VLA-0 as a LeRobot policy: a chat with a VLM, made of numbers (arXiv 2510.13054).
 
-Training is supervised fine-tuning on "system prompt, pictures, instruction → integers"; acting is decoding the
-integers under a grammar that admits nothing else. The pieces stand in images.py, prompt.py, decoding.py, backbone.py.
+Training is supervised fine-tuning on "system prompt, pictures, instruction → integers"; acting is decoding
+the integers under a grammar that admits nothing else. The pieces stand in images.py, prompt.py, decoding.py,
+backbone.py.
 """
 
 import json
@@ -37,9 +38,9 @@ WEIGHTS = "model.safetensors"
 class VLA0Policy(PreTrainedPolicy):
     """Qwen2.5-VL, unmodified, that writes the next `chunk_size` actions as text.
 
-    Batches come from the preprocessor: images float (B, 3, H, W) in [0, 1] under `config.camera_keys`, `task` a list
-    of B instructions, `action` (training) int64 bins (B, chunk_size, D) in 0..num_bins. Actions go to the
-    postprocessor as bins, too.
+    Batches come from the preprocessor: images float (B, 3, H, W) in [0, 1] under `config.camera_keys`, `task`
+    a list of B instructions, `action` (training) int64 bins (B, chunk_size, D) in 0..num_bins. Actions go to
+    the postprocessor as bins, too.
 
     Args:
         config: with `input_features` and `output_features` filled in (LeRobot's `make_policy` does).
@@ -62,7 +63,9 @@ class VLA0Policy(PreTrainedPolicy):
         config.validate_features()
         load = {"dtype": config.dtype, "attn_implementation": config.attn_implementation}
         if vlm_folder is None:
-            self.model, self.vlm_processor = backbone.load_vlm(config.vlm, revision=config.vlm_revision, **load)
+            self.model, self.vlm_processor = backbone.load_vlm(
+                config.vlm, revision=config.vlm_revision, **load
+            )
         else:
             self.model, self.vlm_processor = backbone.build_vlm(vlm_folder, **load)
         multiple = backbone.picture_multiple(self.vlm_processor)
@@ -78,7 +81,8 @@ class VLA0Policy(PreTrainedPolicy):
         if config.compile_model:
             # The language model alone: the vision encoder reads sizes on the CPU, which breaks the graph.
             self.model.model.language_model.compile(dynamic=True)
-        # Position embeddings are float32 buffers whatever the weights are, so move the device, never the dtype.
+        # Position embeddings are float32 buffers whatever the weights are, so move the device, never the
+        # dtype.
         self.model.to(config.device)
 
         tiled, cameras = config.tile_images, len(config.camera_keys)
@@ -114,8 +118,9 @@ class VLA0Policy(PreTrainedPolicy):
         if missing:
             present = sorted(key for key in batch if key.startswith("observation.image"))
             raise ValueError(
-                f"the batch lacks the camera images {missing}; it has {present}. Rename cameras with --rename_map, or "
-                "train on the cameras that the robot or environment has (--policy.cameras)."
+                f"the batch lacks the camera images {missing}; it has {present}. Rename cameras with "
+                "--rename_map, or train on the cameras that the robot or environment has "
+                "(--policy.cameras)."
             )
         for key in keys:
             if batch[key].ndim != 4 or batch[key].shape[1] != 3 or not batch[key].is_floating_point():
@@ -125,8 +130,8 @@ class VLA0Policy(PreTrainedPolicy):
                 )
             if min(batch[key].shape[-2:]) < config.image_size:
                 raise ValueError(
-                    f"{key} is {batch[key].shape[-2]}×{batch[key].shape[-1]} pixels, smaller than the crop of "
-                    f"image_size={config.image_size}: it would have to be enlarged. Lower image_size."
+                    f"{key} is {batch[key].shape[-2]}×{batch[key].shape[-1]} pixels, smaller than the crop "
+                    f"of image_size={config.image_size}: it would have to be enlarged. Lower image_size."
                 )
         return prepare_images(
             [batch[key] for key in keys],
@@ -141,8 +146,8 @@ class VLA0Policy(PreTrainedPolicy):
     def _instructions(self, batch: dict[str, Any]) -> list[str]:
         if "task" not in batch:
             raise ValueError(
-                "the batch has no 'task': VLA-0 needs one instruction per row. Use a data set whose episodes have "
-                "tasks, or add batch['task'] = [instruction, ...]."
+                "the batch has no 'task': VLA-0 needs one instruction per row. Use a data set whose "
+                "episodes have tasks, or add batch['task'] = [instruction, ...]."
             )
         tasks = [batch["task"]] if isinstance(batch["task"], str) else list(batch["task"])
         rows = len(batch[self.config.camera_keys[0]])
@@ -166,8 +171,8 @@ class VLA0Policy(PreTrainedPolicy):
         expected = (self.config.chunk_size, self.action_dim)
         if bins.is_floating_point() or tuple(bins.shape[1:]) != expected:
             raise ValueError(
-                f"action must be integer bins of shape (B, {expected[0]}, {expected[1]}), got {bins.dtype} of shape "
-                f"{tuple(bins.shape)}. Pass the batch through the policy's preprocessor first."
+                f"action must be integer bins of shape (B, {expected[0]}, {expected[1]}), got {bins.dtype} "
+                f"of shape {tuple(bins.shape)}. Pass the batch through the policy's preprocessor first."
             )
         generator = self._augmentation_generator() if self.training else None
         pictures = self._pictures(batch, generator)
@@ -184,7 +189,8 @@ class VLA0Policy(PreTrainedPolicy):
 
     @staticmethod
     def _augmentation_generator() -> torch.Generator:
-        """Seeded by one draw from the global generator (checkpointed by LeRobot, so resuming repeats it) plus the
+        """Seeded by one draw from the global generator (checkpointed by LeRobot, so resuming repeats it) plus
+        the
         rank: LeRobot seeds all ranks alike, and they would otherwise draw the same augmentations."""
         rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
         return torch.Generator().manual_seed(int(torch.randint(2**62, ())) + rank)
@@ -196,12 +202,13 @@ class VLA0Policy(PreTrainedPolicy):
 
         Args:
             batch: see the class; with `action`, and `action_is_pad` (B, chunk_size) if padding is masked.
-            reduction: "mean" over all supervised tokens of the batch, or "none": (B,), the mean of each example.
+            reduction: "mean" over all supervised tokens of the batch, or "none": (B,), the mean of each
+                example.
 
         Returns:
-            The loss, and floats to log: `token_accuracy`; `action_error_bins`, the mean distance in bins between
-            true and predicted integers, teacher-forced, over integers whose digits are all supervised;
-            `action_clipped`, the share of action values outside the statistics.
+            The loss, and floats to log: `token_accuracy`; `action_error_bins`, the mean distance in bins
+            between true and predicted integers, teacher-forced, over integers whose digits are all
+            supervised; `action_clipped`, the share of action values outside the statistics.
         """
         if reduction not in ("mean", "none"):
             raise ValueError(f"reduction must be 'mean' or 'none', got {reduction!r}.")
@@ -232,11 +239,17 @@ class VLA0Policy(PreTrainedPolicy):
         # Each supervised digit contributes (predicted - true) · place value to the integer it belongs to.
         error = torch.zeros(places.shape, device=logits.device)
         error[supervised] = (predicted - true) * places[supervised].float()
-        number = (places == 0).cumsum(1)  # constant over the digits of one integer, different between integers
+        number = (places == 0).cumsum(
+            1
+        )  # constant over the digits of one integer, different between integers
         total = torch.zeros_like(error).scatter_add(1, number.clamp(max=places.shape[1] - 1), error).abs()
         hidden_digit = ((places > 0) & ~supervised).float()
-        any_digit = torch.zeros_like(error).scatter_add(1, number.clamp(max=places.shape[1] - 1), (places > 0).float())
-        any_hidden = torch.zeros_like(error).scatter_add(1, number.clamp(max=places.shape[1] - 1), hidden_digit)
+        any_digit = torch.zeros_like(error).scatter_add(
+            1, number.clamp(max=places.shape[1] - 1), (places > 0).float()
+        )
+        any_hidden = torch.zeros_like(error).scatter_add(
+            1, number.clamp(max=places.shape[1] - 1), hidden_digit
+        )
         whole = (any_digit > 0) & (any_hidden == 0)
         accuracy = (logits.argmax(-1) == targets).float().mean()
         return {
@@ -244,7 +257,7 @@ class VLA0Policy(PreTrainedPolicy):
             "action_error_bins": (total[whole].mean() if whole.any() else total.new_tensor(0.0)).item(),
         }
 
-    # -------------------------------------------------------------------------------------------------- acting
+    # ------------------------------------------------------------------------------------------------- acting
 
     def reset(self) -> None:
         """Forgets the queued actions. Call at the start of every episode."""
@@ -275,17 +288,19 @@ class VLA0Policy(PreTrainedPolicy):
 
     @torch.compiler.disable
     def predict_action_chunk(self, batch: dict[str, Any], **kwargs: Any) -> Tensor:
-        """Actions as bins 0..num_bins, float32 (B, chunk_size, D); the postprocessor turns them into commands."""
+        """Actions as bins 0..num_bins, float32 (B, chunk_size, D); the postprocessor turns them into
+        commands."""
         return self._decode(batch, self.config.chunk_size)
 
     @torch.compiler.disable
     def select_action(self, batch: dict[str, Any], **kwargs: Any) -> Tensor:
-        """The next action as bins, float32 (B, D). Decodes `n_action_steps` timesteps when its queue is empty."""
+        """The next action as bins, float32 (B, D). Decodes `n_action_steps` timesteps when its queue is
+        empty."""
         if not self._queue:
             self._queue.extend(self._decode(batch, self.config.n_action_steps).unbind(1))
         return self._queue.popleft()
 
-    # --------------------------------------------------------------------------------------------- checkpoints
+    # -------------------------------------------------------------------------------------------- checkpoints
 
     def _save_pretrained(self, save_directory: Path, state_dict: dict[str, Tensor] | None = None) -> None:
         super()._save_pretrained(save_directory, state_dict=state_dict)
@@ -309,8 +324,8 @@ class VLA0Policy(PreTrainedPolicy):
 
         Raises:
             FileNotFoundError: a file of the checkpoint is missing.
-            ValueError: weights are truncated or do not fit, the action statistics are missing, or `config` disagrees
-                with the checkpoint in the action dimension or `num_bins`.
+            ValueError: weights are truncated or do not fit, the action statistics are missing, or `config`
+                disagrees with the checkpoint in the action dimension or `num_bins`.
         """
         folder = Path(pretrained_name_or_path)
         if not folder.is_dir():
@@ -339,8 +354,8 @@ class VLA0Policy(PreTrainedPolicy):
             return super()._load_as_safetensor(model, model_file, map_location, strict)
         except (SafetensorError, RuntimeError) as error:
             raise ValueError(
-                f"{model_file} could not be loaded ({str(error).splitlines()[0]}). The file is truncated or belongs "
-                "to another model: copy or download it again."
+                f"{model_file} could not be loaded ({str(error).splitlines()[0]}). The file is truncated or "
+                "belongs to another model: copy or download it again."
             ) from error
 
 
@@ -349,24 +364,27 @@ def _check_checkpoint(folder: Path, saved: PreTrainedConfig, config: PreTrainedC
         if not (folder / name).is_file():
             raise FileNotFoundError(
                 f"{folder} is no VLA-0 checkpoint: {name} is missing. Expected what `save_pretrained` writes "
-                f"(config.json, {WEIGHTS}, {VLM_FOLDER}/, policy_preprocessor.json, policy_postprocessor.json)."
+                f"(config.json, {WEIGHTS}, {VLM_FOLDER}/, policy_preprocessor.json, "
+                f"policy_postprocessor.json)."
             )
     if saved.action_feature is not None and config.action_feature is not None:
         was, now = saved.action_feature.shape[0], config.action_feature.shape[0]
         if was != now:
             raise ValueError(
-                f"action has {now} dimensions here, but the checkpoint {folder} was trained with {was}. To train for "
-                f"another robot, start from the VLM: --policy.type=vla0 --policy.vlm={saved.vlm}."
+                f"action has {now} dimensions here, but the checkpoint {folder} was trained with {was}. To "
+                f"train for another robot, start from the VLM: --policy.type=vla0 --policy.vlm={saved.vlm}."
             )
     if saved.num_bins != config.num_bins:
         raise ValueError(
-            f"num_bins={config.num_bins} differs from the checkpoint's {saved.num_bins} ({folder}): the model and its "
-            "processors count on the latter. Leave num_bins out."
+            f"num_bins={config.num_bins} differs from the checkpoint's {saved.num_bins} ({folder}): the "
+            "model and its processors count on the latter. Leave num_bins out."
         )
     # A postprocessor without statistics would pass [-1, 1] on to the robot without a word.
     postprocessor = folder / f"{POLICY_POSTPROCESSOR_DEFAULT_NAME}.json"
     if not postprocessor.is_file():
-        logging.warning(f"{folder} holds weights only: {postprocessor.name} (statistics of the actions) is missing.")
+        logging.warning(
+            f"{folder} holds weights only: {postprocessor.name} (statistics of the actions) is missing."
+        )
         return
     stats: dict[str, dict[str, bool]] = {}
     for step in json.loads(postprocessor.read_text())["steps"]:
@@ -375,8 +393,8 @@ def _check_checkpoint(folder: Path, saved: PreTrainedConfig, config: PreTrainedC
             continue
         if not (folder / state_file).is_file():
             raise FileNotFoundError(
-                f"{folder / state_file} is missing: it holds the statistics that turn integers into robot commands. "
-                "Copy or download the whole checkpoint."
+                f"{folder / state_file} is missing: it holds the statistics that turn integers into robot "
+                "commands. Copy or download the whole checkpoint."
             )
         with safe_open(folder / state_file, framework="pt") as state:
             for key in state.keys():  # noqa: SIM118 (not a dict)

@@ -1,4 +1,5 @@
-"""LeRobot processors of VLA-0: numbers only. Text and images belong to the policy, which knows whether it trains.
+"""LeRobot processors of VLA-0: numbers only. Text and images belong to the policy, which knows whether it
+trains.
 
     in:  rename → batch → device → normalise (LeRobot's) → actions to integers
     out: integers to actions → un-normalise → CPU (LeRobot's)
@@ -38,7 +39,8 @@ Features = dict[PipelineFeatureType, dict[str, PolicyFeature]]
 @dataclass
 @ProcessorStepRegistry.register(name="vla0_action_encoder_processor")
 class VLA0ActionEncoderStep(ProcessorStep):
-    """Normalised actions (B, H, D) in [-1, 1] → int64 bins 0..num_bins. No action (as in evaluation), no effect."""
+    """Normalised actions (B, H, D) in [-1, 1] → int64 bins 0..num_bins. No action (as in evaluation), no
+    effect."""
 
     num_bins: int = 1000
 
@@ -76,16 +78,17 @@ class VLA0ActionDecoderStep(PolicyActionProcessorStep):
 
 
 def check_action_statistics(config: VLA0Config, stats: dict[str, dict[str, Any]] | None, where: str) -> None:
-    """Raises ValueError if `stats` cannot un-normalise actions: a robot must never get un-normalised commands."""
+    """Raises ValueError if `stats` cannot un-normalise actions: a robot must never get un-normalised
+    commands."""
     needed = STATISTICS[config.normalization_mapping["ACTION"]]
     found = sorted((stats or {}).get(ACTION, {}))
     missing = [name for name in needed if name not in found]
     if missing:
         raise ValueError(
-            f"{where}: statistics {missing} of {ACTION!r} are missing (found: {found}), so integers cannot be turned "
-            "into robot commands. They come from meta/stats.json of the data set that is trained on (quantiles: "
-            "LeRobot's augment_dataset_quantile_stats.py adds them), or from policy_postprocessor*.safetensors of a "
-            "trained checkpoint given with --policy.path."
+            f"{where}: statistics {missing} of {ACTION!r} are missing (found: {found}), so integers cannot "
+            "be turned into robot commands. They come from meta/stats.json of the data set that is trained "
+            "on (quantiles: LeRobot's augment_dataset_quantile_stats.py adds them), or from "
+            "policy_postprocessor*.safetensors of a trained checkpoint given with --policy.path."
         )
 
 

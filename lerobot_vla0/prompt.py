@@ -130,13 +130,14 @@ class ChatFormatter:
             instructions: B instructions.
             bins: (B, H, D) int64 in 0..num_bins.
             padded_steps: (B, H) bool, timesteps whose tokens are left out of the loss; None supervises all.
-            mask_prob: masked action augmentation: the share of characters hidden is drawn from U(0, mask_prob).
+            mask_prob: masked action augmentation: the share of characters hidden is drawn from U(0,
+                mask_prob).
             mask_skip_prob: share of examples that are left unmasked.
             generator: CPU generator of the augmentation; None switches it off.
 
         Returns:
-            `input_ids`, `attention_mask`, `labels` (IGNORE outside the answer), all (B, T), and `places` (B, T):
-            the place value (1, 10, 100, ...) of each digit of the answer, 0 elsewhere.
+            `input_ids`, `attention_mask`, `labels` (IGNORE outside the answer), all (B, T), and `places` (B,
+            T): the place value (1, 10, 100, ...) of each digit of the answer, 0 elsewhere.
         """
         rows, labels, places = [], [], []
         for i, instruction in enumerate(instructions):
@@ -150,7 +151,8 @@ class ChatFormatter:
             target = list(answer)
             if padded_steps is not None:
                 self._drop_padded(target, place, padded_steps[i].tolist())
-            # Drawn even when the example is skipped or the share is 0: one example's fate never shifts another's.
+            # Drawn even when the example is skipped or the share is 0: one example's fate never shifts
+            # another's.
             if generator is not None:
                 skip, share = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
                 order = torch.randperm(len(answer), generator=generator).tolist()
@@ -179,8 +181,13 @@ class ChatFormatter:
     def _pad(self, rows: list[list[int]], left: bool) -> dict[str, Tensor]:
         width = max(map(len, rows))
         gaps = [width - len(r) for r in rows]
-        ids = [[self.pad_id] * g + r if left else r + [self.pad_id] * g for g, r in zip(gaps, rows, strict=True)]
-        mask = [[0] * g + [1] * len(r) if left else [1] * len(r) + [0] * g for g, r in zip(gaps, rows, strict=True)]
+        ids = [
+            [self.pad_id] * g + r if left else r + [self.pad_id] * g for g, r in zip(gaps, rows, strict=True)
+        ]
+        mask = [
+            [0] * g + [1] * len(r) if left else [1] * len(r) + [0] * g
+            for g, r in zip(gaps, rows, strict=True)
+        ]
         return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
 
 
@@ -188,16 +195,16 @@ def number_tokens(tokenizer: Any) -> tuple[list[int], int, int]:
     """(ids of "0".."9", id of " ", id of "?").
 
     Raises:
-        ValueError: one of them is not a single token, or a number is not written digit by digit. Qwen's tokenizers
-            write numbers digit by digit; tokenizers that merge digits are not supported.
+        ValueError: one of them is not a single token, or a number is not written digit by digit. Qwen's
+            tokenizers write numbers digit by digit; tokenizers that merge digits are not supported.
     """
 
     def one(text: str) -> int:
         ids = tokenizer.encode(text, add_special_tokens=False)
         if len(ids) != 1:
             raise ValueError(
-                f"vlm: its tokenizer writes {text!r} as {len(ids)} tokens; VLA-0 needs each digit, the space and "
-                f"{MASK_CHARACTER!r} to be one token, as in Qwen2.5-VL."
+                f"vlm: its tokenizer writes {text!r} as {len(ids)} tokens; VLA-0 needs each digit, the "
+                f"space and {MASK_CHARACTER!r} to be one token, as in Qwen2.5-VL."
             )
         return ids[0]
 
@@ -207,7 +214,7 @@ def number_tokens(tokenizer: Any) -> tuple[list[int], int, int]:
     if tokenizer.encode(probe, add_special_tokens=False) != expected:
         raise ValueError(
             f"vlm: its tokenizer merges the digits of {probe!r} into "
-            f"{tokenizer.convert_ids_to_tokens(tokenizer.encode(probe, add_special_tokens=False))}; VLA-0 needs one "
-            "token per digit, as in Qwen2.5-VL."
+            f"{tokenizer.convert_ids_to_tokens(tokenizer.encode(probe, add_special_tokens=False))}; VLA-0 "
+            "needs one token per digit, as in Qwen2.5-VL."
         )
     return digits, space, mask

@@ -13,22 +13,24 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from .prompt import SYSTEM_PROMPT
 
 SPECIAL_TOKENS = [
-    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
-    "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
-    "<|image_pad|>", "<|video_pad|>",
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>",
+    "<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>",
+    "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>",
 ]  # fmt: skip
 # Qwen2's pre-tokeniser: \p{N} without a quantifier is what keeps every digit a token of its own.
 SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 # Words of LIBERO's instructions, so that they take few tokens.
 CORPUS = [
     SYSTEM_PROMPT,
     "system user assistant Picture State You are a helpful assistant.",
-    "pick up the alphabet soup cream cheese salad dressing bbq sauce ketchup tomato sauce butter milk chocolate pudding"
-    " orange juice and place it in the basket",
-    "put the black bowl on the plate next to the ramekin between from table center cookie box top of the cabinet",
-    "open the middle drawer of the cabinet turn on the stove push the wine bottle mug moka pot book caddy microwave",
+    "pick up the alphabet soup cream cheese salad dressing bbq sauce ketchup tomato sauce butter milk",
+    "chocolate pudding orange juice and place it in the basket",
+    "put the black bowl on the plate next to the ramekin between from table center cookie box top of the "
+    "cabinet",
+    "open the middle drawer of the cabinet turn on the stove push the wine bottle mug moka pot book caddy",
 ]
 
 
@@ -73,7 +75,9 @@ def make_tiny_vlm(config: TinyVLMConfig) -> Path:
 
     out = Path(config.out)
     if out.is_dir() and any(out.iterdir()):
-        raise FileExistsError(f"out={str(out)!r} exists and is not empty. Choose another folder or remove it.")
+        raise FileExistsError(
+            f"out={str(out)!r} exists and is not empty. Choose another folder or remove it."
+        )
     head_dim, remainder = divmod(config.hidden_size, config.num_heads)
     if remainder or head_dim % 16:
         raise ValueError(
@@ -90,7 +94,8 @@ def make_tiny_vlm(config: TinyVLMConfig) -> Path:
     if config.vocab_size < len(tokenizer):
         raise ValueError(f"vocab_size={config.vocab_size} must be at least {len(tokenizer)}.")
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
-    # Multimodal RoPE splits half a head's dimensions among time, height and width, 1 : 1.5 : 1.5 as in Qwen2.5-VL.
+    # Multimodal RoPE splits half a head's dimensions among time, height and width, 1 : 1.5 : 1.5 as in
+    # Qwen2.5-VL.
     section = [head_dim // 8, head_dim * 3 // 16, head_dim * 3 // 16]
     vlm_config = Qwen2_5_VLConfig(
         text_config={
@@ -138,7 +143,8 @@ def make_tiny_vlm(config: TinyVLMConfig) -> Path:
 
 
 def _train_tokenizer() -> Tokenizer:
-    """Byte-level BPE in Qwen2's manner, trained on CORPUS. Digits and the space get the ids they have in Qwen2."""
+    """Byte-level BPE in Qwen2's manner, trained on CORPUS. Digits and the space get the ids they have in
+    Qwen2."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

@@ -112,7 +112,8 @@ def processors(tiny_vlm):
 
 @pytest.fixture(scope="session")
 def process_env(tmp_path_factory) -> dict[str, str]:
-    """Environment of the processes that tests start: network off, caches and LIBERO's config in a throw-away place."""
+    """Environment of the processes that tests start: network off, caches and LIBERO's config in a throw-away
+    place."""
     home = tmp_path_factory.mktemp("home")
     return {
         **os.environ,
@@ -149,6 +150,12 @@ def libero_dataset(tmp_path_factory, process_env) -> Path:
     """Two recorded episodes of one libero_object task, on the stand-in assets."""
     out = tmp_path_factory.mktemp("data") / "milk"
     run_script(
-        "lerobot-vla0", "record", f"--out={out}", "--tasks=[7]", "--episodes=2", "--assets=primitive", env=process_env
+        "lerobot-vla0",
+        "record",
+        f"--out={out}",
+        "--tasks=[7]",
+        "--episodes=2",
+        "--assets=primitive",
+        env=process_env,
     )
     return out

@@ -31,8 +31,10 @@ def prompts(processor, texts: list[str], seed: int = 0) -> dict[str, torch.Tenso
 
 
 def test_prompt_cache_equals_a_full_pass(vlm):
-    """Feeding tokens one by one, or several at once, behind left-padded prompts gives the logits of Transformers'
-    own forward on each whole sequence alone: positions (multimodal RoPE included), mask and cache are right."""
+    """Feeding tokens one by one, or several at once, behind left-padded prompts gives the logits of
+    Transformers'
+    own forward on each whole sequence alone: positions (multimodal RoPE included), mask and cache are
+        right."""
     model, processor = vlm
     texts, answer = ["go", "put the bowl on the plate"], torch.tensor([[15, 16, 220, 17], [18, 220, 19, 20]])
     ids = torch.arange(15, 25)
@@ -64,7 +66,9 @@ def test_saved_folder_is_json_only_and_rebuilds(vlm, tmp_path):
     built, loaded = backbone.build_vlm(folder, dtype="bfloat16", attn_implementation="eager")
     assert loaded.chat_template == processor.chat_template
     assert loaded.tokenizer.get_vocab() == processor.tokenizer.get_vocab()
-    assert {k: v.shape for k, v in built.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
+    assert {k: v.shape for k, v in built.state_dict().items()} == {
+        k: v.shape for k, v in model.state_dict().items()
+    }
     assert built.dtype == torch.bfloat16 and built.config._attn_implementation == "eager"
     assert built.lm_head.weight is built.model.language_model.embed_tokens.weight
     # position embeddings stay in float32, and are there although nothing was initialised
@@ -103,7 +107,9 @@ def test_gives_the_weights_of_the_folder(vlm, tiny_vlm):
 
 def test_not_a_vlm(tmp_path):
     BertConfig().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="is a 'bert' model. Supported are vision-language models.*qwen2_5_vl"):
+    with pytest.raises(
+        ValueError, match="is a 'bert' model. Supported are vision-language models.*qwen2_5_vl"
+    ):
         backbone.load_vlm(tmp_path, revision=None, dtype="float32", attn_implementation=None)
 
 

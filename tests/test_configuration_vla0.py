@@ -73,8 +73,14 @@ def test_quantiles_are_accepted():
     [
         ({"output_features": {}}, "needs an `action` feature"),
         ({"output_features": {"action": PolicyFeature(FeatureType.ACTION, (2, 7))}}, "must be a vector"),
-        ({"input_features": {"observation.state": PolicyFeature(FeatureType.STATE, (8,))}}, "at least one camera"),
-        ({"cameras": ["observation.images.top"]}, "which are not there. Present: .*observation.images.image2"),
+        (
+            {"input_features": {"observation.state": PolicyFeature(FeatureType.STATE, (8,))}},
+            "at least one camera",
+        ),
+        (
+            {"cameras": ["observation.images.top"]},
+            "which are not there. Present: .*observation.images.image2",
+        ),
         (
             {
                 "use_state": True,

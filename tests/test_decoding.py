@@ -8,7 +8,8 @@ DIGITS, SPACE, END = list(range(15, 25)), 220, 300
 
 
 class MockModel:
-    """Logits that are a fixed random function of the tokens so far; counts its passes and checks its input."""
+    """Logits that are a fixed random function of the tokens so far; counts its passes and checks its
+    input."""
 
     def __init__(self, rows: int, seed: int = 0) -> None:
         self.seed, self.history, self.calls = seed, [() for _ in range(rows)], 0
@@ -23,7 +24,7 @@ class MockModel:
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
         assert tokens.shape == (len(self.history), 1)
         self.calls += 1
-        self.history = [h + (t,) for h, t in zip(self.history, tokens[:, 0].tolist(), strict=True)]
+        self.history = [(*h, t) for h, t in zip(self.history, tokens[:, 0].tolist(), strict=True)]
         return self.logits()[:, None]
 
 
@@ -88,7 +89,11 @@ def test_temperature_samples_from_the_restricted_softmax():
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [({"temperature": -0.1}, "temperature must be at least 0"), ({"count": 0}, "count must be"), ({"count": 7}, "1..6")],
+    [
+        ({"temperature": -0.1}, "temperature must be at least 0"),
+        ({"count": 0}, "count must be"),
+        ({"count": 7}, "1..6"),
+    ],
 )
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):

@@ -22,7 +22,10 @@ def spell(grammar: IntegerGrammar, symbols) -> str:
 
 @settings(deadline=None, max_examples=60)
 @given(
-    horizon=st.integers(1, 4), dim=st.integers(1, 8), maximum=st.integers(2, 12_345), seed=st.integers(0, 2**31)
+    horizon=st.integers(1, 4),
+    dim=st.integers(1, 8),
+    maximum=st.integers(2, 12_345),
+    seed=st.integers(0, 2**31),
 )
 def test_random_logits_always_give_a_valid_text(horizon, dim, maximum, seed):
     grammar, rows = make(horizon * dim, maximum), 3
@@ -59,9 +62,18 @@ def test_language_is_exactly_the_integers(maximum):
 
 
 def test_forced_tokens_at_1000_bins():
-    """After 0, after three digits other than 100 and after 1000 only the separator may follow (FACTS: 56 of 208)."""
+    """After 0, after three digits other than 100 and after 1000 only the separator may follow (FACTS: 56 of
+    208)."""
     grammar = make(2, 1000)
-    for text, forced in {"0": True, "7": False, "10": False, "100": False, "101": True, "1000": True, "": False}.items():
+    for text, forced in {
+        "0": True,
+        "7": False,
+        "10": False,
+        "100": False,
+        "101": True,
+        "1000": True,
+        "": False,
+    }.items():
         state = grammar.start(1)
         for digit in text:
             state = grammar.advance(state, (grammar.digits == int(digit)).nonzero()[0])

@@ -47,7 +47,9 @@ def test_random_crops_lie_inside_and_differ_between_rows():
     out = crop(images, 0.875, torch.Generator().manual_seed(0))
     assert out.shape == (16, 3, 56, 56)
     tops, lefts = out[:, 0, 0, 0], out[:, 1, 0, 0]
-    assert tops.min() >= 0 and tops.max() <= 8 and len(set(zip(tops.tolist(), lefts.tolist(), strict=True))) > 8
+    assert (
+        tops.min() >= 0 and tops.max() <= 8 and len(set(zip(tops.tolist(), lefts.tolist(), strict=True))) > 8
+    )
     for i in range(16):
         t, left = int(tops[i]), int(lefts[i])
         assert torch.equal(out[i], images[i, :, t : t + 56, left : left + 56])
@@ -90,13 +92,16 @@ def test_augmentation_is_reproducible_and_off_without_generator():
 
 
 def test_pixel_values_equal_transformers_on_the_pil_image(qwen_processor):
-    """What the model sees is what Transformers' image processor makes of the same uint8 picture as a PIL image."""
+    """What the model sees is what Transformers' image processor makes of the same uint8 picture as a PIL
+    image."""
     from lerobot_vla0.backbone import vision_inputs
 
     pictures = prepare_images([rand(3, 3, 256, 256), rand(3, 3, 256, 256, seed=1)], **SETTINGS)
     ours = vision_inputs(qwen_processor, pictures, torch.zeros(3, 4, dtype=torch.long))
     pil = [Image.fromarray(p[0].permute(1, 2, 0).numpy()) for p in pictures]
     # min_pixels = max_pixels = 224·448, as the original code sets them.
-    theirs = qwen_processor.image_processor(pil, min_pixels=224 * 448, max_pixels=224 * 448, return_tensors="pt")
+    theirs = qwen_processor.image_processor(
+        pil, min_pixels=224 * 448, max_pixels=224 * 448, return_tensors="pt"
+    )
     assert torch.equal(ours["pixel_values"], theirs["pixel_values"])
     assert torch.equal(ours["image_grid_thw"], theirs["image_grid_thw"])

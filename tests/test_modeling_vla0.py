@@ -18,11 +18,12 @@ def save_all(policy, processors, folder: Path) -> Path:
     return folder
 
 
-# ---------------------------------------------------------------------------------------------------- training
+# --------------------------------------------------------------------------------------------------- training
 
 
 def test_loss_is_transformers_loss(policy, processors):
-    """Cross-entropy at supervised positions only equals Transformers' own loss on the same example and labels."""
+    """Cross-entropy at supervised positions only equals Transformers' own loss on the same example and
+    labels."""
     batch = processors[0](make_batch())
     inputs, labels, _ = policy.training_inputs(batch)
     loss, metrics = policy(batch)
@@ -34,7 +35,10 @@ def test_reduction_none(policy, processors):
     batch = processors[0](make_batch())
     rows, _ = policy(batch, reduction="none")
     assert rows.shape == (4,)
-    alone = [policy({**observation(batch, slice(i, i + 1)), "action": batch["action"][i : i + 1]})[0] for i in range(4)]
+    alone = [
+        policy({**observation(batch, slice(i, i + 1)), "action": batch["action"][i : i + 1]})[0]
+        for i in range(4)
+    ]
     assert torch.allclose(rows, torch.stack(alone), rtol=1e-5)
     with pytest.raises(ValueError, match="'mean' or 'none', got 'sum'"):
         policy(batch, reduction="sum")
@@ -43,11 +47,15 @@ def test_reduction_none(policy, processors):
 def test_augments_in_training_only(policy, processors):
     batch = processors[0](make_batch())
     first, second = policy.training_inputs(batch), policy.training_inputs(batch)
-    assert torch.equal(first[1], second[1]) and torch.equal(first[0]["pixel_values"], second[0]["pixel_values"])
+    assert torch.equal(first[1], second[1]) and torch.equal(
+        first[0]["pixel_values"], second[0]["pixel_values"]
+    )
     policy.train()
     augmented = policy.training_inputs(batch)
     assert not torch.equal(augmented[0]["pixel_values"], first[0]["pixel_values"])
-    assert (augmented[0]["input_ids"] == policy.chat.mask_id).sum() > (first[0]["input_ids"] == policy.chat.mask_id).sum()
+    assert (augmented[0]["input_ids"] == policy.chat.mask_id).sum() > (
+        first[0]["input_ids"] == policy.chat.mask_id
+    ).sum()
 
 
 def test_augmentation_follows_the_global_seed_and_differs_between_ranks(policy, processors, monkeypatch):
@@ -85,8 +93,18 @@ def test_metrics_on_known_predictions(policy):
     labels = torch.tensor([[digit[4], digit[0], digit[7], space, digit[9], space, IGNORE, digit[2]]])
     places = torch.tensor([[100, 10, 1, 0, 1, 0, 10, 1]])
     supervised = labels != IGNORE
-    predicted = [digit[3], digit[0], digit[9], space, digit[9], digit[1], digit[0]]  # 407→309, 9→9, a space missed
-    logits = torch.nn.functional.one_hot(torch.tensor(predicted), policy.model.config.text_config.vocab_size).float()
+    predicted = [
+        digit[3],
+        digit[0],
+        digit[9],
+        space,
+        digit[9],
+        digit[1],
+        digit[0],
+    ]  # 407→309, 9→9, a space missed
+    logits = torch.nn.functional.one_hot(
+        torch.tensor(predicted), policy.model.config.text_config.vocab_size
+    ).float()
     metrics = policy._metrics(logits, labels[supervised], supervised, places)
     assert metrics["action_error_bins"] == pytest.approx((98 + 0) / 2)
     assert metrics["token_accuracy"] == pytest.approx(3 / 7)
@@ -130,11 +148,12 @@ def test_overfits_and_decodes_the_exact_integers(tiny_vlm, processors):
     policy = VLA0Policy(config)
     batch = processors[0](make_batch(rows=4, size=56, chunk_size=2))
     policy.train()
-    # No augmentation: what is tested is that the model can learn its examples and that decoding reads them back.
+    # No augmentation: what is tested is that the model can learn its examples and that decoding reads them
+    # back.
     config.action_mask_prob = 0.0
     config.jitter_brightness = config.jitter_contrast = config.jitter_saturation = config.jitter_hue = 0.0
     optimizer = torch.optim.AdamW(policy.get_optim_params(), lr=5e-3)
-    for step in range(600):
+    for _ in range(600):
         loss, metrics = policy(batch)
         optimizer.zero_grad()
         loss.backward()
@@ -142,11 +161,11 @@ def test_overfits_and_decodes_the_exact_integers(tiny_vlm, processors):
         optimizer.step()
         if metrics["token_accuracy"] == 1.0 and loss.item() < 0.01:
             break
-    assert metrics["action_error_bins"] == 0.0, f"not learnt after {step} steps: {metrics}"
+    assert metrics["action_error_bins"] == 0.0, f"not learnt: {metrics}"
     assert torch.equal(policy.predict_action_chunk(observation(batch)), batch["action"].float())
 
 
-# ------------------------------------------------------------------------------------------------------ acting
+# ----------------------------------------------------------------------------------------------------- acting
 
 
 def test_random_weights_give_valid_chunks(policy, processors):
@@ -194,7 +213,9 @@ def test_decodes_only_the_timesteps_it_needs(tiny_vlm, processors):
     for steps in (1, 8):
         policy = VLA0Policy(make_config(tiny_vlm, n_action_steps=steps)).eval()
         count = [0]
-        policy.model.model.language_model.register_forward_hook(lambda *_, c=count: c.__setitem__(0, c[0] + 1))
+        policy.model.model.language_model.register_forward_hook(
+            lambda *_, c=count: c.__setitem__(0, c[0] + 1)
+        )
         policy.select_action(observation(processors[0](make_batch(rows=1))))
         passes[steps] = count[0]
     assert passes[1] <= 7 * 5 < 56 * 2 <= passes[8]
@@ -205,7 +226,11 @@ def test_generation_config_of_the_base_model_has_no_influence(policy, processors
     assert policy.model.generation_config.repetition_penalty == 1.05  # what Qwen2.5-VL ships with
     before = policy.predict_action_chunk(batch)
     policy.model.generation_config.update(
-        repetition_penalty=5.0, do_sample=True, temperature=9.0, suppress_tokens=policy.chat.digit_ids, max_length=3
+        repetition_penalty=5.0,
+        do_sample=True,
+        temperature=9.0,
+        suppress_tokens=policy.chat.digit_ids,
+        max_length=3,
     )
     assert torch.equal(policy.predict_action_chunk(batch), before)
 
@@ -236,13 +261,15 @@ def test_untiled_cameras_order_and_state(tiny_vlm, processors):
     assert pictures.shape == (2, 2, 3, 56, 56)
     crop = batch[keys[0]][..., 4:60, 4:60]
     assert torch.equal(pictures[:, 0], (crop * 255).round().byte())
-    text = policy.vlm_processor.tokenizer.decode(policy.chat.inference_batch(policy._instructions(batch))["input_ids"][0])
+    text = policy.vlm_processor.tokenizer.decode(
+        policy.chat.inference_batch(policy._instructions(batch))["input_ids"][0]
+    )
     assert "Picture 2: " in text and "in the basket\nState: " in text
     assert len(text.split("State: ")[1].split("<")[0].split()) == 8
     assert policy.predict_action_chunk(observation(batch)).shape == (2, 8, 7)
 
 
-# ------------------------------------------------------------------------------------------------- checkpoints
+# ------------------------------------------------------------------------------------------------ checkpoints
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -316,7 +343,9 @@ def test_statistics_without_action(checkpoint):
 
 def test_other_action_dimension(checkpoint, tiny_vlm):
     config = make_config(tiny_vlm, output_features={"action": PolicyFeature(FeatureType.ACTION, (6,))})
-    with pytest.raises(ValueError, match="action has 6 dimensions here, but the checkpoint .* trained with 7"):
+    with pytest.raises(
+        ValueError, match="action has 6 dimensions here, but the checkpoint .* trained with 7"
+    ):
         VLA0Policy.from_pretrained(checkpoint, config=config)
 
 
@@ -325,13 +354,15 @@ def test_other_num_bins(checkpoint, tiny_vlm):
         VLA0Policy.from_pretrained(checkpoint, config=make_config(tiny_vlm, num_bins=255))
 
 
-# --------------------------------------------------------------------------------------------------- bad input
+# -------------------------------------------------------------------------------------------------- bad input
 
 
 def test_missing_camera_names_those_present(policy, processors):
     batch = processors[0](make_batch())
     batch["observation.images.wrist"] = batch.pop("observation.images.image2")
-    with pytest.raises(ValueError, match=r"lacks the camera images \['observation.images.image2'\].*images.wrist"):
+    with pytest.raises(
+        ValueError, match=r"lacks the camera images \['observation.images.image2'\].*images.wrist"
+    ):
         policy(batch)
 
 
@@ -341,7 +372,10 @@ def test_missing_camera_names_those_present(policy, processors):
         (lambda b: b.pop("task"), "no 'task'"),
         (lambda b: b.__setitem__("task", ["a"]), "4 images but 1 tasks"),
         (lambda b: b.__setitem__("task", ["", "a", "b", "c"]), "task is an empty string"),
-        (lambda b: b.__setitem__("observation.images.image", torch.rand(4, 3, 40, 40)), "smaller than the crop"),
+        (
+            lambda b: b.__setitem__("observation.images.image", torch.rand(4, 3, 40, 40)),
+            "smaller than the crop",
+        ),
         (lambda b: b.__setitem__("observation.images.image", torch.rand(4, 64, 64, 3)), r"\(B, 3, H, W\)"),
         (lambda b: b.__setitem__("action", torch.rand(4, 8, 7)), "through the policy's preprocessor"),
         (lambda b: b.__setitem__("action", b["action"][:, :4]), r"shape \(B, 8, 7\)"),
@@ -355,5 +389,7 @@ def test_bad_batches(policy, processors, change, message):
 
 
 def test_image_size_that_the_vlm_would_resize(tiny_vlm):
-    with pytest.raises(ValueError, match="image_size=60 must be a multiple of 28 for this VLM, for example 56"):
+    with pytest.raises(
+        ValueError, match="image_size=60 must be a multiple of 28 for this VLM, for example 56"
+    ):
         VLA0Policy(make_config(tiny_vlm, image_size=60))

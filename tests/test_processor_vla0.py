@@ -100,7 +100,9 @@ def test_save_load_and_overrides_of_lerobots_scripts(tmp_path):
         preprocessor_overrides={
             "device_processor": {"device": "cpu"},
             "normalizer_processor": norm,
-            "rename_observations_processor": {"rename_map": {"observation.images.front": "observation.images.image"}},
+            "rename_observations_processor": {
+                "rename_map": {"observation.images.front": "observation.images.image"}
+            },
         },
         postprocessor_overrides={"unnormalizer_processor": {**norm, "features": config.output_features}},
     )

@@ -44,7 +44,8 @@ def test_golden_prompt_for_acting(qwen_processor, golden):
 
 
 def test_tiny_tokenizer_writes_the_same_chat(tiny_processor, golden):
-    """The template and the number tokens of the tiny VLM are Qwen's, so decoding its ids gives the golden text."""
+    """The template and the number tokens of the tiny VLM are Qwen's, so decoding its ids gives the golden
+    text."""
     chat = make_chat(tiny_processor)
     batch = chat.training_batch([golden["instruction"]], golden_bins(golden))
     text = tiny_processor.tokenizer.decode(batch["input_ids"][0])
@@ -81,7 +82,8 @@ def test_place_values(tiny_processor):
 
 
 def test_masked_action_augmentation(tiny_processor):
-    """0..40 % of the characters become "?" and leave the loss; 10 % of the examples stay; the end is never hidden."""
+    """0..40 % of the characters become "?" and leave the loss; 10 % of the examples stay; the end is never
+    hidden."""
     chat = make_chat(tiny_processor, picture_size=(56, 56))
     bins = torch.full((1, 8, 7), 123)
     clean = chat.training_batch(["go"], bins)

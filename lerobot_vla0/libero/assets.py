@@ -1,6 +1,7 @@
 """Makes hf-libero usable without a terminal: its config file, its assets, the rendering library.
 
-Call `prepare_libero` in every process, before the first import of `libero.libero` or of `lerobot.envs.libero`.
+Call `prepare_libero` in every process, before the first import of `libero.libero` or of
+`lerobot.envs.libero`.
 """
 
 import importlib.util
@@ -26,16 +27,17 @@ def prepare_libero(suite: str, assets: str = "auto") -> Path | None:
 
     Args:
         suite: LIBERO suite that will be used, for example "libero_object".
-        assets: "real": the official ones, installed or downloaded by hf-libero; "primitive": boxes and cylinders
-            generated here (libero_object only); "auto": the real ones if they are installed, else primitives for
-            libero_object; otherwise a folder with LIBERO's asset sub-folders.
+        assets: "real": the official ones, installed or downloaded by hf-libero; "primitive": boxes and
+            cylinders generated here (libero_object only); "auto": the real ones if they are installed, else
+            primitives for libero_object; otherwise a folder with LIBERO's asset sub-folders.
 
     Returns:
         The asset folder, or None where hf-libero finds or downloads the real ones itself.
 
     Raises:
         ImportError: hf-libero is not installed.
-        FileNotFoundError: `assets` is no folder of assets, or LIBERO's config points to folders that are gone.
+        FileNotFoundError: `assets` is no folder of assets, or LIBERO's config points to folders that are
+            gone.
         ValueError: primitives were asked for another suite than libero_object.
         RuntimeError: no library for off-screen rendering.
     """
@@ -55,15 +57,17 @@ def prepare_libero(suite: str, assets: str = "auto") -> Path | None:
 
 
 def _ensure_config(root: Path) -> None:
-    """Writes ~/.libero/config.yaml (or $LIBERO_CONFIG_PATH/config.yaml), about which LIBERO asks on first import."""
+    """Writes ~/.libero/config.yaml (or $LIBERO_CONFIG_PATH/config.yaml), about which LIBERO asks on first
+    import."""
     path = Path(os.environ.get("LIBERO_CONFIG_PATH", Path.home() / ".libero")) / "config.yaml"
     if path.is_file():
         folders = yaml.safe_load(path.read_text()) or {}
         gone = [key for key in ("bddl_files", "init_states") if not Path(folders.get(key, "")).is_dir()]
         if gone:
+            listed = ", ".join(f"{key}: {folders.get(key)}" for key in gone)
             raise FileNotFoundError(
-                f"{path} points to folders that do not exist ({', '.join(f'{k}: {folders.get(k)}' for k in gone)}), "
-                "probably of an environment that was removed. Delete the file; it is written anew."
+                f"{path} points to folders that do not exist ({listed}), probably of an environment that was "
+                "removed. Delete the file; it is written anew."
             )
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -97,7 +101,8 @@ def _asset_folder(suite: str, assets: str, root: Path) -> Path | None:
     folder = Path(assets).expanduser()
     if not _has_assets(folder):
         raise FileNotFoundError(
-            f"assets={assets!r} is neither 'auto', 'real', 'primitive' nor a folder with {', '.join(ASSET_FOLDERS)}."
+            f"assets={assets!r} is neither 'auto', 'real', 'primitive' nor a folder with "
+            f"{', '.join(ASSET_FOLDERS)}."
         )
     return folder.resolve()
 
@@ -108,7 +113,9 @@ def _has_assets(folder: Path) -> bool:
 
 def _primitives(suite: str) -> Path:
     if suite != "libero_object":
-        raise ValueError(f"assets='primitive' exists for libero_object only, not for {suite}. Use assets='real'.")
+        raise ValueError(
+            f"assets='primitive' exists for libero_object only, not for {suite}. Use assets='real'."
+        )
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     return write_primitive_assets(cache / "lerobot_vla0" / f"primitive_assets_v{PRIMITIVES_VERSION}")
 
@@ -128,8 +135,9 @@ def check_rendering() -> None:
         backend = next((b for b, library in libraries.items() if find_library(library)), "")
         if not backend:
             raise RuntimeError(
-                f"No library for off-screen rendering: install {packages['osmesa']} and set MUJOCO_GL=osmesa, or "
-                f"{packages['egl']} and MUJOCO_GL=egl (Debian and Ubuntu package names)."
+                f"No library for off-screen rendering: install {packages['osmesa']} and set "
+                f"MUJOCO_GL=osmesa, or {packages['egl']} and MUJOCO_GL=egl (Debian and Ubuntu package "
+                "names)."
             )
         os.environ["MUJOCO_GL"] = backend
     if backend in libraries and not find_library(libraries[backend]):

@@ -24,7 +24,8 @@ MAX_STEPS = {
 @EnvConfig.register_subclass("vla0_libero")
 @dataclass
 class VLA0LiberoEnv(LiberoEnv):
-    """LIBERO at 256×256 with the paper's step limits, which never asks questions and can run without a download.
+    """LIBERO at 256×256 with the paper's step limits, which never asks questions and can run without a
+    download.
 
     Raises:
         ValueError: an unknown suite in `task`.
@@ -34,14 +35,17 @@ class VLA0LiberoEnv(LiberoEnv):
     task: str = "libero_object"
     observation_height: int = 256
     observation_width: int = 256
-    # "auto": LIBERO's assets if installed, else stand-ins for libero_object. "real", "primitive", or a folder.
+    # "auto": LIBERO's assets if installed, else stand-ins for libero_object. "real", "primitive", or a
+    # folder.
     assets: str = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         unknown = [suite for suite in self.suites if suite not in MAX_STEPS]
         if unknown or not self.suites:
-            raise ValueError(f"task={self.task!r}: unknown LIBERO suite {unknown}. Known: {', '.join(MAX_STEPS)}.")
+            raise ValueError(
+                f"task={self.task!r}: unknown LIBERO suite {unknown}. Known: {', '.join(MAX_STEPS)}."
+            )
 
     @property
     def suites(self) -> list[str]:

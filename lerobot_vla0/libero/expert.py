@@ -1,7 +1,8 @@
-"""A scripted pick-and-place controller for LIBERO's "pick up X and place it in the basket" tasks (libero_object).
+"""A scripted pick-and-place controller for LIBERO's "pick up X and place it in the basket" tasks
+(libero_object).
 
-It reads the simulator's state, not the images, and answers with what the robot takes: OSC_POSE deltas in [-1, 1] at
-20 Hz (three of position, three of rotation) and the gripper, -1 open, +1 closed.
+It reads the simulator's state, not the images, and answers with what the robot takes: OSC_POSE deltas in [-1,
+1] at 20 Hz (three of position, three of rotation) and the gripper, -1 open, +1 closed.
 """
 
 from typing import Any
@@ -10,14 +11,18 @@ import mujoco
 import numpy as np
 
 OPEN, CLOSE = -1.0, 1.0
-POSITION_GAIN, ROTATION_GAIN = 12.0, 3.0  # action per metre and per radian of error, before clipping to [-1, 1]
+POSITION_GAIN, ROTATION_GAIN = (
+    12.0,
+    3.0,
+)  # action per metre and per radian of error, before clipping to [-1, 1]
 PALM = 0.028  # metres from the fingertips' site up to the palm, less a margin (contact was measured at 0.033)
 MAX_OPENING = 0.062  # metres between the open fingers that can be used safely
 CLOSE_STEPS, OPEN_STEPS = 9, 8  # control steps until the fingers have closed or opened
 
 
 class PickAndPlaceExpert:
-    """above → down → close → lift → over → lower → release → up, and again from `above` if the object was lost.
+    """above → down → close → lift → over → lower → release → up, and again from `above` if the object was
+    lost.
 
     Args:
         env: LIBERO's `OffScreenRenderEnv` (or its `ControlEnv`), reset and settled.
@@ -37,7 +42,7 @@ class PickAndPlaceExpert:
         self.retries = 0
         self._plan()
 
-    # ------------------------------------------------------------------------------------ the simulator's state
+    # ---------------------------------------------------------------------------------- the simulator's state
 
     @property
     def _hand(self) -> np.ndarray:
@@ -78,7 +83,7 @@ class PickAndPlaceExpert:
     def _corners(self, name: str) -> np.ndarray:
         return np.concatenate(self._geoms(name))
 
-    # ------------------------------------------------------------------------------------------------- planning
+    # ----------------------------------------------------------------------------------------------- planning
 
     def _plan(self) -> None:
         """Where to grasp: as deep as the palm allows, across the narrowest side, hand straight down."""
@@ -120,7 +125,7 @@ class PickAndPlaceExpert:
         tallest = max([self._corners(n)[:, 2].max() for n in others], default=0.0)
         self.above_z = max(high[2], tallest) + 0.05
 
-    # -------------------------------------------------------------------------------------------------- control
+    # ------------------------------------------------------------------------------------------------ control
 
     def _go(self, phase: str) -> None:
         self.phase, self.steps = phase, 0
@@ -206,7 +211,7 @@ class PickAndPlaceExpert:
         return action
 
     def _up(self) -> np.ndarray:
-        action = self._toward(self._hand + [0, 0, 0.1], OPEN)
+        action = self._toward(self._hand + np.array([0, 0, 0.1]), OPEN)
         if self.steps > 20:
             self._try_again()
         return action

@@ -1,8 +1,9 @@
-"""Stand-in assets for libero_object made of MuJoCo boxes and cylinders alone, so that it runs with no download.
+"""Stand-in assets for libero_object made of MuJoCo boxes and cylinders alone, so that it runs with no
+download.
 
-LIBERO's official task files (BDDL) and init states work on them: each object keeps the name, the sites and about the
-size of the original (half extents in metres below, measured on LIBERO's collision geoms), but not its looks. Scores on
-these are NOT LIBERO scores.
+LIBERO's official task files (BDDL) and init states work on them: each object keeps the name, the sites and
+about the size of the original (half extents in metres below, measured on LIBERO's collision geoms), but not
+its looks. Scores on these are NOT LIBERO scores.
 """
 
 import shutil
@@ -12,8 +13,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-# A geom: (type, half sizes, position, rgb); "can" is a cylinder that stands along y. LIBERO rotates most objects
-# upright itself, so their local "up" is +y; the bbq bottle and the flat boxes have +z.
+# A geom: (type, half sizes, position, rgb); "can" is a cylinder that stands along y. LIBERO rotates most
+# objects upright itself, so their local "up" is +y; the bbq bottle and the flat boxes have +z.
 Geom = tuple[str, tuple[float, ...], tuple[float, ...], tuple[float, ...]]
 TIN = (0.75, 0.75, 0.78)
 WOOD, WOOD_DARK = (0.78, 0.72, 0.55), (0.72, 0.66, 0.5)
@@ -70,7 +71,8 @@ BASKET: list[Geom] = [
     ("box", (0.0718, 0.0067, 0.066), (0, -0.0718, 0.0795), WOOD_DARK),
     ("box", (0.0718, 0.0067, 0.066), (0, 0.0718, 0.0795), WOOD_DARK),
 ]
-# Distances of robosuite's bottom_site, top_site and horizontal_radius_site from the origin; LIBERO places by them.
+# Distances of robosuite's bottom_site, top_site and horizontal_radius_site from the origin; LIBERO places by
+# them.
 UPRIGHT_SITES, FLAT_SITES = (0.06, 0.04, 0.03), (0.025, 0.025, 0.03)
 SITES = {
     "bbq_sauce": (0.06, 0.06, 0.015),
@@ -89,17 +91,17 @@ CONTAIN_REGION = (
 SCENE = """<mujoco model="floor_arena"><asset>
   <texture builtin="gradient" height="64" width="64" rgb1=".9 .9 1" rgb2=".2 .3 .4" type="skybox"/>
   <texture file="../textures/light-gray-floor-tile.png" type="2d" name="texplane"/>
-  <material name="floorplane" texrepeat="3 3" texture="texplane" texuniform="true" specular="0" shininess="0"/>
-  <texture file="../textures/light-gray-plaster.png" type="2d" name="tex-wall"/>
-  <material name="walls_mat" texrepeat="3 3" texture="tex-wall" texuniform="true" specular=".8" shininess=".1"/>
-</asset><worldbody>
+  <material name="floorplane" texrepeat="3 3" texture="texplane" texuniform="true" specular="0"
+  shininess="0"/> <texture file="../textures/light-gray-plaster.png" type="2d" name="tex-wall"/>
+  <material name="walls_mat" texrepeat="3 3" texture="tex-wall" texuniform="true" specular=".8"
+shininess=".1"/> </asset><worldbody>
   <body name="floor" pos="0 0 0">
     <geom name="floor" type="plane" size="3 3 .125" condim="3" group="1" material="floorplane"/>
   </body>
   {walls}
   <light name="light1" diffuse=".8 .8 .8" specular=".3 .3 .3" dir="0 -.15 -1" pos="1 1 4" castshadow="false"/>
-  <light name="light2" diffuse=".8 .8 .8" specular=".3 .3 .3" dir="0 -.15 -1" pos="-3 -3 4" castshadow="false"/>
-  <camera mode="fixed" name="frontview" pos="1 0 1.45" quat=".56 .43 .43 .56"/>
+  <light name="light2" diffuse=".8 .8 .8" specular=".3 .3 .3" dir="0 -.15 -1" pos="-3 -3 4"
+  castshadow="false"/> <camera mode="fixed" name="frontview" pos="1 0 1.45" quat=".56 .43 .43 .56"/>
   <camera mode="fixed" name="birdview" pos="-.2 0 3" quat=".7071 0 0 .7071"/>
   <camera mode="fixed" name="agentview" pos=".5 0 1.35" quat=".653 .271 .271 .653"/>
   <camera mode="fixed" name="sideview" pos="-.0565 1.276 1.488" quat=".0099 .0069 .5912 .8064"/>
@@ -147,7 +149,8 @@ def _object_xml(name: str, geoms: list[Geom], inside: str = "") -> str:
 
 def _files() -> dict[str, str]:
     walls = "\n  ".join(
-        f'<geom pos="{p}" quat="{q}" size="{s}" type="box" contype="0" conaffinity="0" group="1" material="walls_mat"/>'
+        f'<geom pos="{p}" quat="{q}" size="{s}" type="box" contype="0" conaffinity="0" group="1" '
+        'material="walls_mat"/>'
         for p, q, s in WALLS
     )
     files = {"scenes/libero_floor_base_style.xml": SCENE.format(walls=walls)}
@@ -158,7 +161,8 @@ def _files() -> dict[str, str]:
 
 
 def write_primitive_assets(folder: Path) -> Path:
-    """Writes the asset folder (about 60 KB) unless it is there, and returns it. Safe to call from many processes."""
+    """Writes the asset folder (about 60 KB) unless it is there, and returns it. Safe to call from many
+    processes."""
     folder = Path(folder)
     if folder.is_dir():
         return folder

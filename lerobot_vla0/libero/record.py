@@ -1,4 +1,5 @@
-"""`lerobot-vla0 record`: the scripted expert plays LIBERO tasks into a LeRobotDataset like `lerobot/libero`."""
+"""`lerobot-vla0 record`: the scripted expert plays LIBERO tasks into a LeRobotDataset like
+`lerobot/libero`."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,8 @@ FPS = 10
 IMAGE_KEYS = ("observation.images.image", "observation.images.image2")
 STATE_NAMES = ["x", "y", "z", "axis_angle_x", "axis_angle_y", "axis_angle_z", "finger_left", "finger_right"]
 ACTION_NAMES = ["dx", "dy", "dz", "drx", "dry", "drz", "gripper"]
-# An action below this in all six deltas, with the gripper unchanged, is a no-op (OpenVLA's filter of LIBERO's data).
+# An action below this in all six deltas, with the gripper unchanged, is a no-op (OpenVLA's filter of LIBERO's
+# data).
 NO_OP = 1e-4
 
 
@@ -29,7 +31,8 @@ class RecordConfig:
     suite: str = "libero_object"
     # Task ids of the suite.
     tasks: list[int] = field(default_factory=lambda: [0])
-    # Episodes tried per task; episode i starts from LIBERO's stored init state i. Only successful ones are kept.
+    # Episodes tried per task; episode i starts from LIBERO's stored init state i. Only successful ones are
+    # kept.
     episodes: int = 5
     # Side of the camera images in pixels.
     image_size: int = 256
@@ -49,7 +52,7 @@ def features(image_size: int, video: bool) -> dict[str, dict[str, Any]]:
         "names": ["height", "width", "channel"],
     }
     return {
-        **{key: image for key in IMAGE_KEYS},
+        **dict.fromkeys(IMAGE_KEYS, image),
         "observation.state": {"dtype": "float32", "shape": (8,), "names": STATE_NAMES},
         "action": {"dtype": "float32", "shape": (7,), "names": ACTION_NAMES},
     }
@@ -118,8 +121,8 @@ def play_episode(
 
     Args:
         vector_env: of one environment.
-        to_features: LeRobot's processor between environment and policy, so that what is recorded is exactly what a
-            policy will see.
+        to_features: LeRobot's processor between environment and policy, so that what is recorded is exactly
+            what a policy will see.
     """
     from lerobot.envs.utils import NEW_ROLLOUT_OPTION, preprocess_observation
 

@@ -1,0 +1,149 @@
+"""LeRobot's own scripts, unchanged, as processes: train, resume, fine-tune, evaluate in the LIBERO
+simulation."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_batch, observation, run_script, shared
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def train_arguments(libero_dataset):
+    return [
+        f"--dataset.repo_id=local/{libero_dataset.name}", f"--dataset.root={libero_dataset}",
+        "--batch_size=2",
+        "--num_workers=0", "--log_freq=1", "--policy.push_to_hub=false", "--policy.device=cpu",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def base_vlm(tiny_vlm, tmp_path_factory) -> Path:
+    """A copy that is moved away after training: nothing may need it any more."""
+    return Path(shutil.copytree(tiny_vlm, tmp_path_factory.mktemp("base") / "vlm"))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, base_vlm, train_arguments, process_env) -> Path:
+    """A training run of four steps with checkpoints after two and four; its base VLM is gone afterwards."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    log = run_script(
+        "lerobot-train", *train_arguments, "--policy.type=vla0", f"--policy.vlm={base_vlm}",
+        "--policy.dtype=float32", "--policy.image_size=56", "--steps=4", "--save_freq=2",
+        f"--output_dir={out}",
+        env=process_env,
+    ).stdout  # fmt: skip
+    shutil.rmtree(base_vlm)
+    for name in ("token_accuracy", "action_error_bins", "action_clipped"):
+        assert f"{name}:" in log
+    return out
+
+
+def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(run / f"checkpoints/{step:06d}/pretrained_model/model.safetensors")
+
+
+def test_resume_is_bit_exact(run, process_env, tmp_path):
+    """Two more steps from the middle checkpoint give the weights of the uninterrupted run."""
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy, symlinks=True)
+    shutil.rmtree(copy / "checkpoints/000004")
+    (copy / "checkpoints/last").unlink()
+    (copy / "checkpoints/last").symlink_to("000002")
+    config = copy / "checkpoints/last/pretrained_model/train_config.json"
+    run_script(
+        "lerobot-train", f"--config_path={config}", "--resume=true", f"--output_dir={copy}", env=process_env
+    )
+    resumed, whole = weights(copy, 4), weights(run, 4)
+    assert resumed.keys() == whole.keys()
+    assert all(torch.equal(resumed[k], whole[k]) for k in whole)
+    assert not all(torch.equal(weights(run, 2)[k], whole[k]) for k in whole)
+
+
+def test_fine_tune_takes_the_new_data_sets_statistics(
+    run, libero_dataset, train_arguments, process_env, tmp_path
+):
+    from safetensors.torch import load_file
+
+    data = Path(shutil.copytree(libero_dataset, tmp_path / "other"))
+    stats = json.loads((data / "meta/stats.json").read_text())
+    stats["action"]["max"] = [2.0] * 7
+    (data / "meta/stats.json").write_text(json.dumps(stats))
+    arguments = [a for a in train_arguments if not a.startswith("--dataset")]
+    out = tmp_path / "run"
+    run_script(
+        "lerobot-train", *arguments, "--dataset.repo_id=local/other", f"--dataset.root={data}",
+        f"--policy.path={run}/checkpoints/last/pretrained_model", "--steps=1", f"--output_dir={out}",
+        env=process_env,
+    )  # fmt: skip
+    state = next((out / "checkpoints/last/pretrained_model").glob("policy_postprocessor_*.safetensors"))
+    assert load_file(state)["action.max"].tolist() == [2.0] * 7
+
+
+def test_reload_in_python_offline(run, process_env):
+    """The three lines of the README, in a process of its own, and the same tokens as here."""
+    from lerobot_vla0.modeling_vla0 import VLA0Policy
+
+    folder = run / "checkpoints/last/pretrained_model"
+    batch = observation(make_batch(rows=2, size=256))
+    expected = VLA0Policy.from_pretrained(folder).predict_action_chunk(batch)
+    torch.save(batch, run / "batch.pt")
+    code = f"""
+import torch
+from lerobot.policies.factory import make_pre_post_processors
+from lerobot_vla0.modeling_vla0 import VLA0Policy
+policy = VLA0Policy.from_pretrained({str(folder)!r})
+pre, post = make_pre_post_processors(policy.config, {str(folder)!r})
+chunk = policy.predict_action_chunk(pre(torch.load({str(run / "batch.pt")!r})))
+assert post(chunk).shape == (2, 8, 7)
+torch.save(chunk, {str(run / "chunk.pt")!r})
+"""
+    run_script(Path(sys.executable).name, "-c", code, env=process_env)
+    assert torch.equal(torch.load(run / "chunk.pt"), expected)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_eval_on_libero_with_stand_ins(run, process_env, tmp_path, batch_size):
+    log = run_script(
+        "lerobot-eval", f"--policy.path={run}/checkpoints/last/pretrained_model", "--policy.device=cpu",
+        "--env.type=vla0_libero", "--env.task=libero_object", "--env.task_ids=[7]", "--env.assets=primitive",
+        "--env.episode_length=10", f"--eval.batch_size={batch_size}", "--eval.n_episodes=2",
+        f"--output_dir={tmp_path}", env=process_env,
+    ).stdout  # fmt: skip
+    info = json.loads((tmp_path / "eval_info.json").read_text())
+    assert info["overall"]["n_episodes"] == 2, log
+    videos = list(tmp_path.rglob("*.mp4"))
+    assert len(videos) == 2 and all(v.stat().st_size > 1000 for v in videos)
+
+
+def test_eval_with_lerobots_own_libero(run, process_env, tmp_path):
+    """`--env.type=libero`, nothing of ours in between, on LIBERO's assets (reduced ones, in a throw-away
+    home)."""
+    assets = tmp_path / "home/.cache/libero/assets"
+    assets.parent.mkdir(parents=True)
+    assets.symlink_to(shared("libero-assets").resolve())
+    env = {**process_env, "HOME": str(tmp_path / "home")}
+    run_script(
+        "lerobot-eval", f"--policy.path={run}/checkpoints/last/pretrained_model", "--policy.device=cpu",
+        "--env.type=libero", "--env.task=libero_spatial", "--env.task_ids=[0]", "--env.episode_length=10",
+        "--eval.batch_size=1", "--eval.n_episodes=1", f"--output_dir={tmp_path}/out", env=env,
+    )  # fmt: skip
+    assert json.loads((tmp_path / "out/eval_info.json").read_text())["overall"]["n_episodes"] == 1
+
+
+def test_missing_camera_is_a_clear_error(run, train_arguments, process_env, tmp_path):
+    result = run_script(
+        "lerobot-train", *train_arguments, "--policy.type=vla0", "--policy.vlm=unused", "--steps=1",
+        "--policy.cameras=[observation.images.top]", f"--output_dir={tmp_path}/run",
+        env=process_env, check=False,
+    )  # fmt: skip
+    assert result.returncode != 0
+    assert "names ['observation.images.top'], which are not there" in result.stdout
+    assert "observation.images.image2" in result.stdout
