@@ -123,14 +123,18 @@ class VLA0Config(PreTrainedConfig):
         self._check("jitter_hue", 0 <= self.jitter_hue <= 0.5, "in [0, 0.5]")
         for name in ("action_mask_prob", "action_mask_skip_prob"):
             self._check(name, 0 <= getattr(self, name) <= 1, "in [0, 1]")
-        ranges = (NormalizationMode.MIN_MAX, NormalizationMode.QUANTILES, NormalizationMode.QUANTILE10)
-        for kind in ("STATE", "ACTION"):
+        bounded = (NormalizationMode.MIN_MAX, NormalizationMode.QUANTILES, NormalizationMode.QUANTILE10)
+        for kind, modes in {
+            "STATE": bounded,  # integers need a bounded range
+            "ACTION": bounded,
+            "VISUAL": (NormalizationMode.IDENTITY,),  # the VLM's own image processor normalises
+        }.items():
             mode = self.normalization_mapping.get(kind)
-            self._check(f"normalization_mapping[{kind!r}]", mode in ranges,
-                        "MIN_MAX, QUANTILES or QUANTILE10: integers need a bounded range")  # fmt: skip
-        visual = self.normalization_mapping.get("VISUAL", NormalizationMode.IDENTITY)
-        self._check("normalization_mapping['VISUAL']", visual == NormalizationMode.IDENTITY,
-                    "IDENTITY: the VLM's own image processor normalises")  # fmt: skip
+            if mode not in modes:
+                raise ValueError(
+                    f"normalization_mapping[{kind!r}]={mode} is not allowed: it must be one of "
+                    f"{', '.join(m.value for m in modes)}."
+                )
         for name in ("optimizer_lr", "optimizer_eps"):
             self._check(name, getattr(self, name) > 0, "above 0")
         for name in ("optimizer_weight_decay", "optimizer_grad_clip_norm", "scheduler_warmup_steps"):
@@ -138,8 +142,7 @@ class VLA0Config(PreTrainedConfig):
 
     def _check(self, name: str, ok: object, allowed: str) -> None:
         if not ok:
-            value = getattr(self, name, None) if "[" not in name else self.normalization_mapping
-            raise ValueError(f"{name}={value!r} is not allowed: it must be {allowed}.")
+            raise ValueError(f"{name}={getattr(self, name)!r} is not allowed: it must be {allowed}.")
 
     def validate_features(self) -> None:
         """Checks input and output features, which LeRobot fills in from the data set or environment."""

@@ -7,6 +7,7 @@ backbone.py.
 
 import json
 import logging
+import random
 from collections import deque
 from pathlib import Path
 from typing import Any, Self
@@ -189,11 +190,14 @@ class VLA0Policy(PreTrainedPolicy):
 
     @staticmethod
     def _augmentation_generator() -> torch.Generator:
-        """Seeded by one draw from the global generator (checkpointed by LeRobot, so resuming repeats it) plus
-        the
-        rank: LeRobot seeds all ranks alike, and they would otherwise draw the same augmentations."""
+        """Seeded by one draw from Python's global generator plus the rank.
+
+        LeRobot checkpoints the global generators, so a resumed run repeats the draws; PyTorch's is one draw
+        off after resuming, because a data loader takes one when it starts. All ranks are seeded alike and would
+        draw the same augmentations.
+        """
         rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-        return torch.Generator().manual_seed(int(torch.randint(2**62, ())) + rank)
+        return torch.Generator().manual_seed(random.getrandbits(62) + rank)
 
     # ----------------------------------------------------------------------------------------------- training
 

@@ -1,3 +1,4 @@
+import random
 import shutil
 from pathlib import Path
 
@@ -63,7 +64,7 @@ def test_augmentation_follows_the_global_seed_and_differs_between_ranks(policy, 
     policy.train()
 
     def draw(seed: int) -> torch.Tensor:
-        torch.manual_seed(seed)
+        random.seed(seed)
         return policy.training_inputs(batch)[0]["pixel_values"]
 
     same, again, other = draw(1), draw(1), draw(2)
@@ -124,7 +125,7 @@ def test_freeze_vision_and_gradient_checkpointing(tiny_vlm, processors):
     gradients = []
     for policy in (plain, frozen):
         policy.train()
-        torch.manual_seed(0)
+        random.seed(0)
         policy(batch)[0].backward()
         gradients.append(policy.model.model.language_model.layers[0].mlp.up_proj.weight.grad)
     assert torch.allclose(*gradients, atol=1e-6)
@@ -152,16 +153,16 @@ def test_overfits_and_decodes_the_exact_integers(tiny_vlm, processors):
     # back.
     config.action_mask_prob = 0.0
     config.jitter_brightness = config.jitter_contrast = config.jitter_saturation = config.jitter_hue = 0.0
-    optimizer = torch.optim.AdamW(policy.get_optim_params(), lr=5e-3)
-    for _ in range(600):
+    optimizer = torch.optim.AdamW(policy.get_optim_params(), lr=3e-3)
+    for _ in range(2000):
         loss, metrics = policy(batch)
+        if metrics["token_accuracy"] == 1.0 and loss.item() < 0.02:
+            break
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
-        if metrics["token_accuracy"] == 1.0 and loss.item() < 0.01:
-            break
-    assert metrics["action_error_bins"] == 0.0, f"not learnt: {metrics}"
+    assert metrics["token_accuracy"] == 1.0 and metrics["action_error_bins"] == 0.0, f"not learnt: {metrics}"
     assert torch.equal(policy.predict_action_chunk(observation(batch)), batch["action"].float())
 
 

@@ -85,3 +85,16 @@ def test_installed_wheel_is_discovered_in_a_fresh_environment(tmp_path):
     assert run_python(
         "import lerobot_vla0; print(lerobot_vla0.__file__)", str(python), cwd=tmp_path
     ).startswith(str(tmp_path))
+
+
+def test_every_module_imports_without_the_extras():
+    """LeRobot's `--policy.discover_packages_path=lerobot_vla0` imports all direct sub-modules."""
+    code = """
+import importlib, pkgutil, sys
+for extra in ("libero", "robosuite", "mujoco", "trl"):
+    sys.modules[extra] = None  # importing it raises ImportError
+import lerobot_vla0
+for module in pkgutil.iter_modules(lerobot_vla0.__path__):
+    importlib.import_module(f"lerobot_vla0.{module.name}")
+"""
+    run_python(code)

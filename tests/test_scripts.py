@@ -80,7 +80,8 @@ def test_fine_tune_takes_the_new_data_sets_statistics(
     out = tmp_path / "run"
     run_script(
         "lerobot-train", *arguments, "--dataset.repo_id=local/other", f"--dataset.root={data}",
-        f"--policy.path={run}/checkpoints/last/pretrained_model", "--steps=1", f"--output_dir={out}",
+        f"--policy.path={run}/checkpoints/last/pretrained_model", "--policy.dtype=bfloat16", "--steps=1",
+        f"--output_dir={out}",
         env=process_env,
     )  # fmt: skip
     state = next((out / "checkpoints/last/pretrained_model").glob("policy_postprocessor_*.safetensors"))
