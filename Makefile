@@ -45,9 +45,9 @@ setup:
 # Off-screen rendering on the CPU. ffmpeg's libraries are LeRobot's (torchcodec's) and optional: without them LeRobot
 # falls back to another video decoder after a page of warnings.
 render:
-	@ldconfig -p | grep -qE 'libOSMesa|libEGL' && ldconfig -p | grep -q libavdevice || \
+	@ldconfig -p | grep -qE 'lib(OSMesa|EGL)\.so' && ldconfig -p | grep -q libavdevice || \
 	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq libosmesa6 ffmpeg; \
-	elif ! ldconfig -p | grep -qE 'libOSMesa|libEGL'; then \
+	elif ! ldconfig -p | grep -qE 'lib(OSMesa|EGL)\.so'; then \
 		echo "No library for off-screen rendering: ask for the package libosmesa6."; exit 1; \
 	fi

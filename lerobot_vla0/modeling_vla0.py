@@ -193,8 +193,8 @@ class VLA0Policy(PreTrainedPolicy):
         """Seeded by one draw from Python's global generator plus the rank.
 
         LeRobot checkpoints the global generators, so a resumed run repeats the draws; PyTorch's is one draw
-        off after resuming, because a data loader takes one when it starts. All ranks are seeded alike and would
-        draw the same augmentations.
+        off after resuming, because a data loader takes one when it starts. All ranks are seeded alike and
+        would draw the same augmentations.
         """
         rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
         return torch.Generator().manual_seed(random.getrandbits(62) + rank)
