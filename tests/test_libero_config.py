@@ -40,6 +40,7 @@ def test_an_environment_that_ends_early_waits(throw_away):
     env = config.create_envs(n_envs=2)["libero_object"][0]
     try:
         assert env.call("_max_episode_steps") == (280, 280)
+        assert env.unwrapped.metadata["render_fps"] == 20
         env.reset(seed=[7, 7], options={NEW_ROLLOUT_OPTION: True})
         first = env.envs[0].unwrapped
         assert first.init_state_id == 2  # started from state 0, next is 0 + 2

@@ -66,7 +66,7 @@ class VLA0LiberoEnv(LiberoEnv):
                 camera_name=self.camera_name,
                 init_states=self.init_states,
                 gym_kwargs=self.gym_kwargs,
-                env_cls=partial(_vectorise, suite=suite, assets=self.assets, use_async=use_async_envs),
+                env_cls=partial(_vectorise, config=self, suite=suite, use_async=use_async_envs),
                 control_mode=self.control_mode,
                 episode_length=self.episode_length or MAX_STEPS[suite],
                 camera_name_mapping=self.camera_name_mapping,
@@ -75,8 +75,8 @@ class VLA0LiberoEnv(LiberoEnv):
         return envs
 
 
-def _vectorise(makers: list[Callable[[], Any]], *, suite: str, assets: str, use_async: bool) -> Any:
-    makers = [partial(_make, maker, suite, assets) for maker in makers]
+def _vectorise(makers: list[Callable[[], Any]], *, config: VLA0LiberoEnv, suite: str, use_async: bool) -> Any:
+    makers = [partial(_make, maker, suite, config.assets, config.fps) for maker in makers]
     if use_async and len(makers) > 1:
         return _LazyAsyncVectorEnv(makers)
     # An environment that ends early waits for the others: its automatic reset would use up an init state.
@@ -86,7 +86,12 @@ def _vectorise(makers: list[Callable[[], Any]], *, suite: str, assets: str, use_
     )
 
 
-def _make(maker: Callable[[], Any], suite: str, assets: str) -> Any:
+def _make(maker: Callable[[], gym.Env], suite: str, assets: str, fps: int) -> gym.Env:
     """Runs in the worker process, which knows nothing of what its parent prepared."""
     prepare_libero(suite, assets)
-    return maker()
+    env = maker()
+    env.metadata = {
+        **env.metadata,
+        "render_fps": fps,
+    }  # LeRobot's says 80: videos would run four times too fast
+    return env
