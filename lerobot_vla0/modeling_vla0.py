@@ -243,22 +243,18 @@ class VLA0Policy(PreTrainedPolicy):
         # Each supervised digit contributes (predicted - true) · place value to the integer it belongs to.
         error = torch.zeros(places.shape, device=logits.device)
         error[supervised] = (predicted - true) * places[supervised].float()
-        number = (places == 0).cumsum(
+        integer = (places == 0).cumsum(
             1
-        )  # constant over the digits of one integer, different between integers
-        total = torch.zeros_like(error).scatter_add(1, number.clamp(max=places.shape[1] - 1), error).abs()
-        hidden_digit = ((places > 0) & ~supervised).float()
-        any_digit = torch.zeros_like(error).scatter_add(
-            1, number.clamp(max=places.shape[1] - 1), (places > 0).float()
-        )
-        any_hidden = torch.zeros_like(error).scatter_add(
-            1, number.clamp(max=places.shape[1] - 1), hidden_digit
-        )
-        whole = (any_digit > 0) & (any_hidden == 0)
-        accuracy = (logits.argmax(-1) == targets).float().mean()
+        )  # the same number on all digits of an integer, another on the next's
+
+        def per_integer(values: Tensor) -> Tensor:
+            return values.new_zeros(len(values), values.shape[1] + 1).scatter_add(1, integer, values)
+
+        digits, hidden = per_integer((places > 0).float()), per_integer(((places > 0) & ~supervised).float())
+        whole = per_integer(error).abs()[(digits > 0) & (hidden == 0)]
         return {
-            "token_accuracy": accuracy.item(),
-            "action_error_bins": (total[whole].mean() if whole.any() else total.new_tensor(0.0)).item(),
+            "token_accuracy": (logits.argmax(-1) == targets).float().mean().item(),
+            "action_error_bins": whole.mean().item() if len(whole) else 0.0,
         }
 
     # ------------------------------------------------------------------------------------------------- acting

@@ -92,7 +92,7 @@ def test_auto_prefers_installed_assets_and_says_so_otherwise(home, caplog, monke
 def test_no_rendering_library(monkeypatch):
     monkeypatch.setattr(assets, "find_library", lambda name: None)
     monkeypatch.setattr(assets.platform, "system", lambda: "Linux")
-    monkeypatch.delitem(sys.modules, "mujoco", raising=False)
+    monkeypatch.delitem(sys.modules, "robosuite", raising=False)
     monkeypatch.delenv("MUJOCO_GL", raising=False)
     with pytest.raises(RuntimeError, match="install libosmesa6 and set MUJOCO_GL=osmesa"):
         check_rendering()

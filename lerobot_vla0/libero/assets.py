@@ -126,7 +126,7 @@ def check_rendering() -> None:
     Raises:
         RuntimeError: neither is there, or the one that MUJOCO_GL names is not.
     """
-    if platform.system() != "Linux" or "mujoco" in sys.modules:
+    if platform.system() != "Linux" or "robosuite" in sys.modules:  # it reads the variable when imported
         return
     libraries = {"egl": "EGL", "osmesa": "OSMesa"}
     packages = {"egl": "libegl1 libegl-mesa0 libgl1", "osmesa": "libosmesa6"}
