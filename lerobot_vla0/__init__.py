@@ -6,6 +6,8 @@ Stays light: neither transformers nor a simulator is imported that LeRobot has n
 import sys
 from importlib import import_module
 
+import gymnasium
+
 from .configuration_vla0 import VLA0Config
 
 # LeRobot finds policy and processor by module name when it needs them. What it looks up in registries must be
@@ -17,5 +19,15 @@ if "lerobot.processor" in sys.modules:
 if "lerobot.envs.configs" in sys.modules:
     import_module(f"{__name__}.libero")
 
-__all__ = ["VLA0Config"]
+# An entry point by name: the simulator is imported when the first environment is made.
+gymnasium.register("lerobot_vla0/Libero-v0", entry_point="lerobot_vla0.libero.env:LiberoEnv")
+
+
+def __getattr__(name: str) -> object:
+    if name == "Agent":  # imports transformers, so only where it is used
+        return import_module(f"{__name__}.agent").Agent
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+__all__ = ["Agent", "VLA0Config"]
 __version__ = "0.1.0"

@@ -19,6 +19,18 @@ MAX_STEPS = {
     "libero_10": 520,  # longest training demo has 505 steps
     "libero_90": 400,  # longest training demo has 373 steps
 }
+SUITES = tuple(MAX_STEPS)
+NUM_TASKS = {suite: 90 if suite == "libero_90" else 10 for suite in SUITES}
+SIMULATOR_SEED = 7  # of every episode in the original's evaluation
+
+
+def check_task_ids(suite: str, task_ids: list[int] | None) -> None:
+    """Raises ValueError, with what there is, for a suite or tasks that LIBERO does not have."""
+    if suite not in SUITES:
+        raise ValueError(f"unknown LIBERO suite {suite!r}. Known: {', '.join(SUITES)}.")
+    unknown = [task for task in task_ids or [] if not 0 <= task < NUM_TASKS[suite]]
+    if unknown:
+        raise ValueError(f"{suite} has the tasks 0..{NUM_TASKS[suite] - 1}, not {unknown}.")
 
 
 @EnvConfig.register_subclass("vla0_libero")
@@ -28,24 +40,23 @@ class VLA0LiberoEnv(LiberoEnv):
     download.
 
     Raises:
-        ValueError: an unknown suite in `task`.
+        ValueError: an unknown suite in `task`, or a task id that one of them lacks.
     """
 
     # Suite, or several separated by commas.
     task: str = "libero_object"
     observation_height: int = 256
     observation_width: int = 256
+    # Seed of the simulator at every reset, whatever seed the script gives; None passes the script's on.
+    simulator_seed: int | None = SIMULATOR_SEED
     # "auto": LIBERO's assets if installed, else stand-ins for libero_object. "real", "primitive", or a
     # folder.
     assets: str = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        unknown = [suite for suite in self.suites if suite not in MAX_STEPS]
-        if unknown or not self.suites:
-            raise ValueError(
-                f"task={self.task!r}: unknown LIBERO suite {unknown}. Known: {', '.join(MAX_STEPS)}."
-            )
+        for suite in self.suites or [self.task]:
+            check_task_ids(suite, self.task_ids)
 
     @property
     def suites(self) -> list[str]:
@@ -76,7 +87,7 @@ class VLA0LiberoEnv(LiberoEnv):
 
 
 def _vectorise(makers: list[Callable[[], Any]], *, config: VLA0LiberoEnv, suite: str, use_async: bool) -> Any:
-    makers = [partial(_make, maker, suite, config.assets, config.fps) for maker in makers]
+    makers = [partial(_make, maker, suite, config) for maker in makers]
     if use_async and len(makers) > 1:
         return _LazyAsyncVectorEnv(makers)
     # An environment that ends early waits for the others: its automatic reset would use up an init state.
@@ -86,12 +97,21 @@ def _vectorise(makers: list[Callable[[], Any]], *, config: VLA0LiberoEnv, suite:
     )
 
 
-def _make(maker: Callable[[], gym.Env], suite: str, assets: str, fps: int) -> gym.Env:
+def _make(maker: Callable[[], gym.Env], suite: str, config: VLA0LiberoEnv) -> gym.Env:
     """Runs in the worker process, which knows nothing of what its parent prepared."""
-    prepare_libero(suite, assets)
+    prepare_libero(suite, config.assets)
     env = maker()
-    env.metadata = {
-        **env.metadata,
-        "render_fps": fps,
-    }  # LeRobot's says 80: videos would run four times too fast
-    return env
+    # LeRobot's says 80: videos would run four times too fast.
+    env.metadata = {**env.metadata, "render_fps": config.fps}
+    return env if config.simulator_seed is None else _FixedSeed(env, config.simulator_seed)
+
+
+class _FixedSeed(gym.Wrapper):
+    """Resets with one seed always: the original calls `env.seed(7)`, LeRobot's scripts seed + episode."""
+
+    def __init__(self, env: gym.Env, seed: int) -> None:
+        super().__init__(env)
+        self.seed = seed
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, Any]:
+        return self.env.reset(seed=self.seed, options=options)

@@ -1,0 +1,98 @@
+"""A policy that any Gymnasium loop can call: it owns the processors and takes observations as environments
+give them."""
+
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from lerobot.configs import PreTrainedConfig
+from lerobot.envs.utils import preprocess_observation
+from lerobot.policies.factory import make_pre_post_processors
+from lerobot.processor import PolicyProcessorPipeline
+
+from .modeling_vla0 import VLA0Policy
+
+
+class Agent:
+    """`act(observation, task) -> action`, for one environment or a vector of them.
+
+    Args:
+        policy, preprocess, postprocess: as LeRobot's factories make them.
+    """
+
+    def __init__(
+        self, policy: VLA0Policy, preprocess: PolicyProcessorPipeline, postprocess: PolicyProcessorPipeline
+    ) -> None:
+        self.policy, self.preprocess, self.postprocess = policy.eval(), preprocess, postprocess
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_name_or_path: str | Path,
+        *,
+        device: str | None = None,
+        revision: str | None = None,
+        **overrides: Any,
+    ) -> Self:
+        """Loads policy and processors from a checkpoint folder or Hub repo.
+
+        Args:
+            device: "cuda", "cpu", ...; None takes the checkpoint's, or what is there.
+            overrides: fields of `VLA0Config` to change, for example n_action_steps=4.
+        """
+        if device is not None:
+            overrides["device"] = device
+        arguments = [f"--{name}={value}" for name, value in overrides.items()]
+        config = PreTrainedConfig.from_pretrained(
+            pretrained_name_or_path, revision=revision, cli_overrides=arguments
+        )
+        policy = VLA0Policy.from_pretrained(pretrained_name_or_path, config=config, revision=revision)
+        processors = make_pre_post_processors(
+            config,
+            pretrained_path=str(pretrained_name_or_path),
+            pretrained_revision=revision,
+            preprocessor_overrides={"device_processor": {"device": config.device}},
+        )
+        return cls(policy, *processors)
+
+    def reset(self) -> None:
+        """Forgets queued actions. Call at the start of every episode."""
+        self.policy.reset()
+
+    @torch.inference_mode()
+    def act(self, observation: dict[str, Any], task: str | list[str]) -> np.ndarray:
+        """The next action in the environment's units, float32 (D,), or (B, D) for a vector of environments.
+
+        Args:
+            observation: Gymnasium's usual keys, `pixels` (an image or a dict of them) and `agent_pos`, or
+                LeRobot's, `observation.images.*` and `observation.state`. Images are uint8 (H, W, 3), or (B,
+                H, W, 3).
+            task: the instruction, or one per environment.
+
+        Raises:
+            ValueError: images that are not uint8 (H, W, 3), or a number of tasks that does not fit.
+        """
+        pixels = observation.get("pixels", {})
+        images = dict(pixels) if isinstance(pixels, dict) else {"": pixels}
+        images |= {key: value for key, value in observation.items() if key.startswith("observation.image")}
+        for key, image in images.items():
+            if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.shape[-1] != 3:
+                raise ValueError(
+                    f"image {key!r} must be a uint8 array (H, W, 3) or (B, H, W, 3), got "
+                    f"{getattr(image, 'dtype', type(image).__name__)} {getattr(image, 'shape', '')}."
+                )
+        batched = any(image.ndim == 4 for image in images.values())
+        batch = preprocess_observation(
+            {k: v for k, v in observation.items() if not k.startswith("observation.")}
+        )
+        for key, value in observation.items():
+            if key.startswith("observation.image"):
+                named = preprocess_observation({"pixels": {"x": value}})
+                batch[key] = named["observation.images.x"]
+            elif key.startswith("observation."):
+                batch[key] = torch.from_numpy(np.atleast_2d(value)).float()
+        rows = len(next(iter(images.values()))) if batched else 1
+        batch["task"] = [task] * rows if isinstance(task, str) else list(task)
+        actions = self.postprocess(self.policy.select_action(self.preprocess(batch))).numpy()
+        return actions if batched else actions[0]

@@ -1,0 +1,146 @@
+"""LIBERO as a Gymnasium environment, `gymnasium.make("lerobot_vla0/Libero-v0", suite=..., task_id=...)`.
+
+LeRobot's `LiberoEnv` does the work; this gives it what Gymnasium users expect: upright images, the robot's
+state as one vector, seeds that decide the initial state, truncation at the suite's step limit.
+"""
+
+from typing import Any, ClassVar
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+
+from .assets import prepare_libero
+from .config import MAX_STEPS, SIMULATOR_SEED, check_task_ids
+
+FPS = 20  # robosuite's control frequency
+
+
+class LiberoEnv(gym.Env):
+    """One task of LIBERO.
+
+    Observation: `pixels`: `image` (the scene) and `image2` (the wrist camera), uint8 (size, size, 3),
+    upright, as in `lerobot/libero`; `agent_pos`: float32 (8,), the end effector's position in metres, its
+    orientation as axis-angle in radians, and the positions of the two fingers in metres.
+
+    Action: float32 (7,) in [-1, 1]: changes of position (3) and orientation (3) of the end effector for the
+    operational space controller, then the gripper, negative opens and positive closes.
+
+    Reward: 1 on success, else 0; success ends the episode. `info` has `is_success`, `task` (the instruction),
+    `task_id` and `init_state`.
+
+    Args:
+        suite: libero_spatial, libero_object, libero_goal, libero_10 or libero_90.
+        task_id: 0..9 (libero_90: 0..89).
+        init_state: which of LIBERO's 50 stored initial states to start from; None draws one at each reset,
+            from the seed. `reset(options={"init_state": 3})` overrides it.
+        image_size: side of the square images in pixels.
+        max_episode_steps: None takes the suite's limit (220, 280, 300, 520, 400).
+        assets: "auto", "real", "primitive" or a folder; see `prepare_libero`.
+        render_mode: "rgb_array" or None.
+
+    Raises:
+        ValueError: unknown suite, task or init state.
+    """
+
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": FPS}
+
+    def __init__(
+        self,
+        suite: str = "libero_object",
+        task_id: int = 0,
+        *,
+        init_state: int | None = None,
+        image_size: int = 256,
+        max_episode_steps: int | None = None,
+        assets: str = "auto",
+        render_mode: str | None = "rgb_array",
+    ) -> None:
+        check_task_ids(suite, [task_id])
+        prepare_libero(suite, assets)
+        from lerobot.envs.libero import LiberoEnv as LeRobotLiberoEnv
+        from lerobot.envs.libero import _get_suite
+
+        self._env = LeRobotLiberoEnv(
+            task_suite=_get_suite(suite),
+            task_id=task_id,
+            task_suite_name=suite,
+            obs_type="pixels_agent_pos",
+            observation_height=image_size,
+            observation_width=image_size,
+            control_freq=FPS,
+        )
+        self.suite, self.task_id, self.render_mode = suite, task_id, render_mode
+        self.task = self.task_description = self._env.task_description
+        self.num_init_states = len(self._env._init_states)
+        self._fixed_init_state = None if init_state is None else self._check_init_state(init_state)
+        self._max_episode_steps = max_episode_steps or MAX_STEPS[suite]
+        image = spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
+        self.observation_space = spaces.Dict(
+            {
+                "pixels": spaces.Dict({"image": image, "image2": image}),
+                "agent_pos": spaces.Box(-np.inf, np.inf, (8,), np.float32),
+            }
+        )
+        self.action_space = self._env.action_space
+        self._steps, self._init_state, self._frame = 0, 0, None
+
+    def _check_init_state(self, init_state: int) -> int:
+        if not 0 <= init_state < self.num_init_states:
+            raise ValueError(f"init_state={init_state} must be in 0..{self.num_init_states - 1}.")
+        return int(init_state)
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Starts an episode. The seed decides the initial state, unless one is fixed by `init_state`."""
+        super().reset(seed=seed)
+        chosen = (options or {}).get("init_state", self._fixed_init_state)
+        if chosen is None:
+            chosen = self.np_random.integers(self.num_init_states)
+        self._init_state, self._steps = self._check_init_state(chosen), 0
+        self._env.init_state_id = self._init_state
+        # Whatever the simulator draws before it takes the stored state is drawn alike every time.
+        observation, _ = self._env.reset(seed=SIMULATOR_SEED)
+        return self._observation(observation), self._info(is_success=False)
+
+    def step(self, action: np.ndarray) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
+        observation, reward, terminated, _, info = self._env.step(np.asarray(action, dtype=np.float32))
+        self._steps += 1
+        truncated = not terminated and self._steps >= self._max_episode_steps
+        success = bool(info["is_success"])
+        return self._observation(observation), float(reward), bool(terminated), truncated, self._info(success)
+
+    def _info(self, is_success: bool) -> dict[str, Any]:
+        return {
+            "is_success": is_success,
+            "task": self.task,
+            "task_id": self.task_id,
+            "init_state": self._init_state,
+        }
+
+    def _observation(self, observation: dict[str, Any]) -> dict[str, Any]:
+        # LIBERO's cameras are mounted upside down: turned by 180° they are as in the data sets.
+        pixels = {k: np.ascontiguousarray(v[::-1, ::-1]) for k, v in observation["pixels"].items()}
+        self._frame = pixels["image"]
+        return {"pixels": pixels, "agent_pos": agent_position(observation["robot_state"])}
+
+    def render(self) -> np.ndarray | None:
+        """The scene camera's last image, upright, uint8 (size, size, 3)."""
+        return None if self._frame is None else self._frame.copy()
+
+    def close(self) -> None:
+        self._env.close()
+
+
+def agent_position(robot_state: dict[str, Any]) -> np.ndarray:
+    """LeRobot's nested robot state → its `observation.state`, float32 (8,)."""
+    from lerobot.envs.utils import preprocess_observation
+    from lerobot.processor.env_processor import LiberoProcessorStep
+
+    batch = {
+        part: {name: np.asarray(value)[None] for name, value in values.items()}
+        for part, values in robot_state.items()
+    }
+    features = LiberoProcessorStep().observation(preprocess_observation({"robot_state": batch}))
+    return features["observation.state"][0].numpy()

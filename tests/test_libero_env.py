@@ -1,0 +1,123 @@
+import gymnasium
+import numpy as np
+import pytest
+
+import lerobot_vla0  # noqa: F401  (registers the id)
+
+ID = "lerobot_vla0/Libero-v0"
+SMALL = {"image_size": 32, "assets": "primitive"}
+
+
+@pytest.fixture(autouse=True)
+def throw_away(tmp_path_factory, monkeypatch):
+    home = tmp_path_factory.getbasetemp()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home / "cache"))
+    monkeypatch.setenv("LIBERO_CONFIG_PATH", str(home / "libero"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"suite": "libero_foo"}, "unknown LIBERO suite 'libero_foo'. Known: libero_spatial, libero_object"),
+        ({"task_id": 10}, r"libero_object has the tasks 0..9, not \[10\]"),
+        ({"suite": "libero_90", "task_id": 90}, r"libero_90 has the tasks 0..89, not \[90\]"),
+    ],
+)
+def test_unknown_suite_or_task(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        gymnasium.make(ID, **arguments)
+
+
+@pytest.mark.slow
+def test_unknown_init_state():
+    with pytest.raises(ValueError, match=r"init_state=50 must be in 0..49"):
+        gymnasium.make(ID, init_state=50, **SMALL)
+
+
+@pytest.mark.slow
+def test_gymnasiums_own_checks():
+    from gymnasium.utils.env_checker import check_env
+
+    env = gymnasium.make(ID, **SMALL).unwrapped
+    try:
+        check_env(env)
+    finally:
+        env.close()
+
+
+@pytest.mark.slow
+def test_episode():
+    """Seeds decide the initial state; the same one gives the same images; the step limit truncates."""
+    env = gymnasium.make(ID, task_id=7, max_episode_steps=2, **SMALL)
+    try:
+        first, info = env.reset(seed=3)
+        assert info == {
+            "is_success": False,
+            "task": "pick up the milk and place it in the basket",
+            "task_id": 7,
+            "init_state": info["init_state"],
+        }
+        assert first["agent_pos"].dtype == np.float32 and first["pixels"]["image"].shape == (32, 32, 3)
+        action = np.array([0.5, 0, 0, 0, 0, 0, -1], dtype=np.float32)
+        moved = env.step(action)[0]
+        assert moved["agent_pos"][0] > first["agent_pos"][0] + 0.005  # forward is +x
+        *_, truncated, info = env.step(action)
+        assert truncated and not info["is_success"]
+        again, other_info = env.reset(seed=3)
+        assert other_info["init_state"] == env.unwrapped._init_state
+        for key in ("image", "image2"):
+            assert np.array_equal(again["pixels"][key], first["pixels"][key])
+        assert np.array_equal(again["agent_pos"], first["agent_pos"])
+        chosen, info = env.reset(options={"init_state": 11})
+        assert info["init_state"] == 11 and not np.array_equal(
+            chosen["pixels"]["image"], first["pixels"]["image"]
+        )
+        assert np.array_equal(env.render(), chosen["pixels"]["image"])
+    finally:
+        env.close()
+
+
+@pytest.mark.slow
+def test_recorded_actions_replayed_succeed(libero_dataset):
+    """What the recorder wrote, fed back from the same initial state, solves the task, and the images that
+    come back are those of the data set (orientation included)."""
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    dataset = LeRobotDataset(f"local/{libero_dataset.name}", root=libero_dataset, episodes=[1])
+    env = gymnasium.make(ID, task_id=7, init_state=1, assets="primitive")
+    try:
+        observation, _ = env.reset()
+        recorded = dataset[0]
+        image = (recorded["observation.images.image"].permute(1, 2, 0) * 255).round().byte().numpy()
+        assert np.array_equal(observation["pixels"]["image"], image)
+        assert np.allclose(observation["agent_pos"], recorded["observation.state"], atol=1e-6)
+        terminated = False
+        for i in range(len(dataset)):
+            *_, terminated, _, info = env.step(dataset[i]["action"].numpy())
+            if terminated:
+                break
+        assert terminated and info["is_success"]
+    finally:
+        env.close()
+
+
+@pytest.mark.slow
+def test_make_vec_and_twenty_cycles_leak_nothing():
+    """Environments are made and closed again and again; no GL context and no file stays open."""
+    import psutil
+
+    envs = gymnasium.make_vec(ID, num_envs=2, vectorization_mode="sync", **SMALL)
+    observation, info = envs.reset(seed=[1, 2])
+    assert observation["pixels"]["image"].shape == (2, 32, 32, 3)
+    assert len(set(info["init_state"].tolist())) == 2
+    envs.close()
+    process, memory = psutil.Process(), []
+    for _ in range(20):
+        env = gymnasium.make(ID, **SMALL)
+        env.reset(seed=0)
+        env.close()
+        memory.append((process.num_fds(), process.memory_info().rss / 2**20))
+    files, megabytes = zip(*memory, strict=True)
+    assert files[-1] <= files[2]
+    # One context of this size takes tens of megabytes: 17 leaked ones would show.
+    assert megabytes[-1] - megabytes[2] < 17 * 10
