@@ -125,6 +125,12 @@ class LiberoEnv(gym.Env):
         self._frame = pixels["image"]
         return {"pixels": pixels, "agent_pos": agent_position(observation["robot_state"])}
 
+    @property
+    def simulator(self) -> Any:
+        """LIBERO's own environment below, after the first reset: for controllers that read the simulator's
+        state."""
+        return self._env._env
+
     def render(self) -> np.ndarray | None:
         """The scene camera's last image, upright, uint8 (size, size, 3)."""
         return None if self._frame is None else self._frame.copy()
