@@ -18,12 +18,11 @@ class Command:
 
 
 COMMANDS = {
-    "record": Command(
-        "libero.record", "RecordConfig", "record", "record LIBERO episodes of a scripted expert"
+    "eval": Command(
+        "libero.evaluate", "EvalConfig", "evaluate", "evaluate a policy on LIBERO as the paper does"
     ),
-    "tiny-vlm": Command(
-        "tiny_vlm", "TinyVLMConfig", "make_tiny_vlm", "write a small Qwen2.5-VL with random weights"
-    ),
+    "record": Command("libero.record", "RecordConfig", "record", "record episodes of a scripted expert"),
+    "tiny-vlm": Command("tiny_vlm", "TinyVLMConfig", "make_tiny_vlm", "write a small random Qwen2.5-VL"),
 }
 USAGE = "usage: lerobot-vla0 COMMAND [--option=value ...]\n\ncommands:\n" + "\n".join(
     f"  {name:10} {command.help}" for name, command in COMMANDS.items()
@@ -42,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     module = import_module(f"lerobot_vla0.{command.module}")
     try:
-        config = draccus.parse(getattr(module, command.config), args=argv[1:], prog=f"lerobot-vla0 {argv[0]}")
+        config = _parse(getattr(module, command.config), f"lerobot-vla0 {argv[0]}", argv[1:])
         getattr(module, command.function)(config)
     except (
         DraccusException,
@@ -53,3 +52,15 @@ def main(argv: list[str] | None = None) -> None:
         RuntimeError,
     ) as error:
         sys.exit(f"lerobot-vla0 {argv[0]}: {error}")
+
+
+def _parse(config_class: type, prog: str, args: list[str]) -> object:
+    """draccus with LeRobot's `--policy.path=`, which its configs read from `sys.argv` themselves."""
+    if not hasattr(config_class, "__get_path_fields__"):
+        return draccus.parse(config_class, args=args, prog=prog)
+    from lerobot.configs.parser import filter_path_args
+
+    sys.argv = [prog, *args]
+    return draccus.parse(
+        config_class, args=filter_path_args(config_class.__get_path_fields__(), args), prog=prog
+    )

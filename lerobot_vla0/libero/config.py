@@ -100,18 +100,32 @@ def _vectorise(makers: list[Callable[[], Any]], *, config: VLA0LiberoEnv, suite:
 def _make(maker: Callable[[], gym.Env], suite: str, config: VLA0LiberoEnv) -> gym.Env:
     """Runs in the worker process, which knows nothing of what its parent prepared."""
     prepare_libero(suite, config.assets)
-    env = maker()
-    # LeRobot's says 80: videos would run four times too fast.
-    env.metadata = {**env.metadata, "render_fps": config.fps}
-    return env if config.simulator_seed is None else _FixedSeed(env, config.simulator_seed)
+    return _PaperProtocol(maker(), config)
 
 
-class _FixedSeed(gym.Wrapper):
-    """Resets with one seed always: the original calls `env.seed(7)`, LeRobot's scripts seed + episode."""
+class _PaperProtocol(gym.Wrapper):
+    """One seed at every reset, initial states on request, and pictures for videos that cost nothing."""
 
-    def __init__(self, env: gym.Env, seed: int) -> None:
+    def __init__(self, env: gym.Env, config: VLA0LiberoEnv) -> None:
         super().__init__(env)
-        self.seed = seed
+        self.seed, self.frame = config.simulator_seed, None
+        # LeRobot's says 80: videos would run four times too fast.
+        self.metadata = {**env.metadata, "render_fps": config.fps}
+
+    def set_init_states(self, init_states: list[int]) -> None:
+        """Initial states of the next episode, one per environment of the vector; takes its own."""
+        self.unwrapped.init_state_id = init_states[self.unwrapped.episode_index]
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, Any]:
-        return self.env.reset(seed=self.seed, options=options)
+        observation, info = self.env.reset(seed=seed if self.seed is None else self.seed, options=options)
+        self.frame = next(iter(observation["pixels"].values()))
+        return observation, info
+
+    def step(self, action: Any) -> tuple[Any, ...]:
+        observation, *rest = self.env.step(action)
+        self.frame = next(iter(observation["pixels"].values()))
+        return observation, *rest
+
+    def render(self) -> Any:
+        """The last observation of the scene camera, upright; LeRobot's would render both cameras again."""
+        return self.env.render() if self.frame is None else self.frame[::-1, ::-1].copy()
