@@ -50,8 +50,8 @@ class TinyVLMConfig:
     vision_hidden_size: int = 64
     # Layers of the vision encoder; the last one attends to the whole picture.
     vision_layers: int = 2
-    # Rows of the vocabulary; at least what the tokenizer needs (about 500). Qwen2.5-VL has 151,936.
-    vocab_size: int = 512
+    # Rows of the vocabulary; at least what the tokenizer needs (about 580). Qwen2.5-VL has 151,936.
+    vocab_size: int = 640
     seed: int = 0
 
 
@@ -157,7 +157,7 @@ def _train_tokenizer() -> Tokenizer:
     tokenizer.train_from_iterator(
         CORPUS * 10,
         trainers.BpeTrainer(
-            vocab_size=480, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+            vocab_size=600, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
         ),
     )
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL_TOKENS])

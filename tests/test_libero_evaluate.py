@@ -126,16 +126,11 @@ def test_kill_resume_and_shards_give_one_result(checkpoint, process_env, tmp_pat
     assert lines.read_text().count("\n") == 6  # none lost, none run twice
 
     for shard in ("1/2", "2/2"):
-        extra = [f"--shard={shard}", "--videos=none"]
-        run_script("lerobot-vla0", *arguments(checkpoint, tmp_path / "shards"), *extra, env=process_env)
+        extra = [f"--shard={shard}", "--videos=none", f"--compare={tmp_path}/whole"]
+        shards = [*arguments(checkpoint, tmp_path / "shards"), *extra]
+        log = run_script("lerobot-vla0", *shards, env=process_env).stdout
     assert outcomes(tmp_path / "shards") == whole
-    compared = run_script(
-        "lerobot-vla0",
-        *arguments(checkpoint, tmp_path / "whole"),
-        f"--compare={tmp_path}/shards",
-        env=process_env,
-    ).stdout
-    assert "6 episodes in common" in compared and "p = 1" in compared
+    assert "6 episodes in common" in log and "p = 1" in log
     settings = json.loads((tmp_path / "whole/settings.json").read_text())
     assert settings["stand_in_assets"] and settings["versions"]["lerobot"].startswith("0.6")
 

@@ -120,23 +120,22 @@ def evaluate(config: EvalConfig) -> Path:
     done = read_episodes(config.out)
     mine = batches[config.part - 1 :: config.parts]
     todo = [b for b in mine if not all((b[0], b[1], e) in done for e in b[2])]
-    total = sum(len(group) for _, _, group in mine)
     finished = [done[(s, t, e)] for s, t, group in mine for e in group if (s, t, e) in done]
-    progress = tqdm(total=total, initial=len(finished), desc="Evaluating", unit="episode")
-    successes = sum(episode["success"] for episode in finished)
+    count, successes = len(finished), sum(episode["success"] for episode in finished)
+    total = sum(len(group) for _, _, group in mine)
     if todo:
         runner = _Runner(config)
+        progress = tqdm(total=total, initial=count, desc="Evaluating", unit="episode")
         try:
             for suite, task, group in todo:
-                rows = [r for r in runner.run(suite, task, group) if key_of(r) not in done]
+                rows = [row for row in runner.run(suite, task, group) if key_of(row) not in done]
                 _append(Path(config.out) / f"episodes-{config.part}of{config.parts}.jsonl", rows)
+                count, successes = count + len(rows), successes + sum(row["success"] for row in rows)
                 progress.update(len(rows))
-                successes += sum(row["success"] for row in rows)
-                progress.set_postfix(success=f"{100 * successes / progress.n:.1f} %", task=f"{suite} {task}")
+                progress.set_postfix(success=f"{100 * successes / count:.1f} %", task=f"{suite} {task}")
         finally:
-            runner.close()
             progress.close()
-    progress.close()
+            runner.close()
     report = write_report(config.out)
     print(report.read_text().split("## Settings")[0])
     if config.compare is not None:
