@@ -55,6 +55,8 @@ class EvalConfig:
     videos: str = "failures"
     # LIBERO's assets: auto, real, primitive, or a folder.
     assets: str = "auto"
+    # Side of the camera images in pixels.
+    image_size: int = 256
     # Step limit; None takes the suite's (220, 280, 300, 520, 400).
     max_episode_steps: int | None = None
     # Another results folder to compare with, on the same initial states.
@@ -158,6 +160,7 @@ def _settings(config: EvalConfig) -> dict[str, Any]:
         "episodes": config.episodes,
         "first_init_state": config.first_init_state,
         "batch_size": config.batch_size,
+        "image_size": config.image_size,
         "max_episode_steps": config.max_episode_steps
         or {suite: MAX_STEPS[suite] for suite in config.suite_list},
         "assets": [folder.name if folder else "real" for folder in folders],
@@ -228,6 +231,8 @@ class _Runner:
             task=suite,
             task_ids=None if task is None else [task],
             assets=self.config.assets,
+            observation_height=self.config.image_size,
+            observation_width=self.config.image_size,
             episode_length=self.config.max_episode_steps,
         )
 
