@@ -5,8 +5,6 @@ the integers under a grammar that admits nothing else. The pieces stand in image
 backbone.py.
 """
 
-import json
-import logging
 import random
 from collections import deque
 from pathlib import Path
@@ -16,24 +14,18 @@ import torch
 from huggingface_hub import snapshot_download
 from lerobot.configs import PreTrainedConfig
 from lerobot.policies.pretrained import PreTrainedPolicy
-from lerobot.utils.constants import (
-    ACTION,
-    OBS_STATE,
-    POLICY_POSTPROCESSOR_DEFAULT_NAME,
-)
-from safetensors import SafetensorError, safe_open
+from lerobot.utils.constants import ACTION, OBS_STATE
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from . import backbone, decoding
 from .action_codec import ActionCodec
+from .checkpoints import VLM_FOLDER, check_checkpoint
 from .configuration_vla0 import VLA0Config
 from .grammar import IntegerGrammar
 from .images import prepare_images
-from .processor_vla0 import ACTION_CLIPPED, check_action_statistics
+from .processor_vla0 import ACTION_CLIPPED
 from .prompt import IGNORE, ChatFormatter
-
-VLM_FOLDER = "vlm"  # inside a checkpoint: config, tokenizer and image processor of the VLM
-WEIGHTS = "model.safetensors"
 
 
 class VLA0Policy(PreTrainedPolicy):
@@ -342,7 +334,7 @@ class VLA0Policy(PreTrainedPolicy):
             )
         saved = PreTrainedConfig.from_pretrained(folder)
         config = saved if config is None else config
-        _check_checkpoint(folder, saved, config)
+        check_checkpoint(folder, saved, config)
         # strict: LeRobot's default only warns about missing weights, and the policy would act at random.
         return super().from_pretrained(
             folder, config=config, strict=strict, vlm_folder=folder / VLM_FOLDER, **kwargs
@@ -357,47 +349,3 @@ class VLA0Policy(PreTrainedPolicy):
                 f"{model_file} could not be loaded ({str(error).splitlines()[0]}). The file is truncated or "
                 "belongs to another model: copy or download it again."
             ) from error
-
-
-def _check_checkpoint(folder: Path, saved: PreTrainedConfig, config: PreTrainedConfig) -> None:
-    for name in (WEIGHTS, f"{VLM_FOLDER}/config.json"):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(
-                f"{folder} is no VLA-0 checkpoint: {name} is missing. Expected what `save_pretrained` writes "
-                f"(config.json, {WEIGHTS}, {VLM_FOLDER}/, policy_preprocessor.json, "
-                f"policy_postprocessor.json)."
-            )
-    if saved.action_feature is not None and config.action_feature is not None:
-        was, now = saved.action_feature.shape[0], config.action_feature.shape[0]
-        if was != now:
-            raise ValueError(
-                f"action has {now} dimensions here, but the checkpoint {folder} was trained with {was}. To "
-                f"train for another robot, start from the VLM: --policy.type=vla0 --policy.vlm={saved.vlm}."
-            )
-    if saved.num_bins != config.num_bins:
-        raise ValueError(
-            f"num_bins={config.num_bins} differs from the checkpoint's {saved.num_bins} ({folder}): the "
-            "model and its processors count on the latter. Leave num_bins out."
-        )
-    # A postprocessor without statistics would pass [-1, 1] on to the robot without a word.
-    postprocessor = folder / f"{POLICY_POSTPROCESSOR_DEFAULT_NAME}.json"
-    if not postprocessor.is_file():
-        logging.warning(
-            f"{folder} holds weights only: {postprocessor.name} (statistics of the actions) is missing."
-        )
-        return
-    stats: dict[str, dict[str, bool]] = {}
-    for step in json.loads(postprocessor.read_text())["steps"]:
-        state_file = step.get("state_file")
-        if step.get("registry_name") != "unnormalizer_processor" or state_file is None:
-            continue
-        if not (folder / state_file).is_file():
-            raise FileNotFoundError(
-                f"{folder / state_file} is missing: it holds the statistics that turn integers into robot "
-                "commands. Copy or download the whole checkpoint."
-            )
-        with safe_open(folder / state_file, framework="pt") as state:
-            for key in state.keys():  # noqa: SIM118 (not a dict)
-                feature, _, statistic = key.rpartition(".")
-                stats.setdefault(feature, {})[statistic] = True
-    check_action_statistics(saved, stats, str(postprocessor))

@@ -120,6 +120,11 @@ def _primitives(suite: str) -> Path:
     return write_primitive_assets(cache / "lerobot_vla0" / f"primitive_assets_v{PRIMITIVES_VERSION}")
 
 
+def is_primitive(folder: Path | None) -> bool:
+    """Whether what `prepare_libero` returned are the generated stand-ins."""
+    return folder is not None and folder.name.startswith("primitive_assets_v")
+
+
 def check_rendering() -> None:
     """On Linux: sets MUJOCO_GL where it is not set, to EGL or else OSMesa, whichever library is there.
 

@@ -14,12 +14,13 @@ from itertools import batched
 from pathlib import Path
 from typing import Any
 
+import draccus
 import numpy as np
 import torch
 from lerobot.configs import PreTrainedConfig, parser
 from tqdm import tqdm
 
-from .assets import prepare_libero
+from .assets import is_primitive, prepare_libero
 from .config import MAX_STEPS, NUM_TASKS, VLA0LiberoEnv, check_task_ids
 from .report import compare, key_of, read_episodes, write_report
 
@@ -149,8 +150,6 @@ def evaluate(config: EvalConfig) -> Path:
 def _settings(config: EvalConfig) -> dict[str, Any]:
     """Everything that decides the result. Two runs with equal settings may share a folder."""
     folders = [prepare_libero(suite, config.assets) for suite in config.suite_list]
-    import draccus
-
     policy = draccus.encode(config.policy, PreTrainedConfig)
     return {
         "policy_path": str(config.policy.pretrained_path),
@@ -164,7 +163,7 @@ def _settings(config: EvalConfig) -> dict[str, Any]:
         "max_episode_steps": config.max_episode_steps
         or {suite: MAX_STEPS[suite] for suite in config.suite_list},
         "assets": [folder.name if folder else "real" for folder in folders],
-        "stand_in_assets": any(folder is not None for folder in folders),
+        "stand_in_assets": any(is_primitive(folder) for folder in folders),
         "episodes_in_all": sum(len(group) for _, _, group in config.batches()),
         "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
     }
