@@ -21,6 +21,7 @@ MAX_STEPS = {
 }
 SUITES = tuple(MAX_STEPS)
 NUM_TASKS = {suite: 90 if suite == "libero_90" else 10 for suite in SUITES}
+NUM_INIT_STATES = 50  # LIBERO stores as many per task
 SIMULATOR_SEED = 7  # of every episode in the original's evaluation
 
 

@@ -21,7 +21,8 @@ from lerobot.configs import PreTrainedConfig, parser
 from tqdm import tqdm
 
 from .assets import is_primitive, prepare_libero
-from .config import MAX_STEPS, NUM_TASKS, VLA0LiberoEnv, check_task_ids
+from .config import MAX_STEPS, NUM_INIT_STATES, NUM_TASKS, VLA0LiberoEnv, check_task_ids
+from .env import FPS
 from .report import compare, key_of, read_episodes, write_report
 
 PACKAGES = ("lerobot", "lerobot_policy_vla0", "transformers", "torch", "hf-libero", "robosuite", "mujoco")
@@ -75,7 +76,11 @@ class EvalConfig:
             raise ValueError(f"shard={self.shard!r} must be K/N with 1 <= K <= N, for example 3/10.")
         if self.videos not in ("failures", "all", "none"):
             raise ValueError(f"videos={self.videos!r} must be failures, all or none.")
-        if self.episodes < 1 or self.batch_size < 1 or not 0 <= self.first_init_state <= 50 - self.episodes:
+        if (
+            self.episodes < 1
+            or self.batch_size < 1
+            or not 0 <= self.first_init_state <= NUM_INIT_STATES - self.episodes
+        ):
             raise ValueError(
                 f"episodes={self.episodes}, first_init_state={self.first_init_state}, "
                 f"batch_size={self.batch_size}: at least 1 episode and environment, and initial states in "
@@ -285,7 +290,7 @@ class _Runner:
         folder = Path(self.config.out) / "videos"
         folder.mkdir(exist_ok=True)
         name = f"{suite}_{task}_episode_{episode}_{'success' if success else 'failure'}.mp4"
-        write_video(str(folder / name), np.stack(frames), 20)
+        write_video(str(folder / name), np.stack(frames), FPS)
 
     def _open(self, suite: str, task: int) -> Any:
         if self.open != (suite, task):

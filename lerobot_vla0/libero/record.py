@@ -13,11 +13,10 @@ import numpy as np
 from tqdm import tqdm
 
 from .assets import prepare_libero
-from .config import MAX_STEPS, check_task_ids
+from .config import MAX_STEPS, NUM_INIT_STATES, check_task_ids
 
 # The control frequency is 20 Hz, but `lerobot/libero` says 10; what trains on one must train on the other.
 FPS = 10
-NUM_INIT_STATES = 50  # LIBERO stores as many per task
 IMAGE_KEYS = ("observation.images.image", "observation.images.image2")
 STATE_NAMES = ["x", "y", "z", "axis_angle_x", "axis_angle_y", "axis_angle_z", "finger_left", "finger_right"]
 ACTION_NAMES = ["dx", "dy", "dz", "drx", "dry", "drz", "gripper"]
