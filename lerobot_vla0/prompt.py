@@ -54,6 +54,8 @@ class ChatFormatter:
         )
         self.digit_ids, self.space_id, self.mask_id = number_tokens(self.tokenizer)
         self.pad_id = self.tokenizer.pad_token_id
+        self.image_token = self.processor.image_token
+        self.tokens_per_picture = self._count_image_tokens()
         self._prompts: dict[str, list[int]] = {}
         # What the template writes after the assistant's words: "<|im_end|>\n" for Qwen.
         answer = "0"
@@ -100,15 +102,21 @@ class ChatFormatter:
         special = [t for t in self.tokenizer.all_special_tokens if t in instruction]
         if special:
             raise ValueError(f"task {instruction!r} contains the special token {special[0]!r}.")
-        height, width = self.picture_size
-        # Only the sizes matter: the processor replaces each picture's placeholder by its image tokens.
-        blank = [torch.zeros(3, height, width, dtype=torch.uint8)] * self.num_pictures
         text = self._render(self._messages(instruction), True)
-        ids = self.processor(text=[text], images=blank, images_kwargs={"do_resize": False})["input_ids"][0]
+        ids = self._tokenize(text.replace(self.image_token, self.image_token * self.tokens_per_picture))
         if len(self._prompts) >= MAX_CACHED_PROMPTS:
             self._prompts.clear()
-        self._prompts[instruction] = list(ids)
-        return self._prompts[instruction]
+        self._prompts[instruction] = ids
+        return ids
+
+    def _count_image_tokens(self) -> int:
+        """Image tokens that the VLM's processor puts in a picture's place. Asked once: with the state in the
+        instruction every prompt is new, and the processor would prepare pictures for each."""
+        height, width = self.picture_size
+        blank = [torch.zeros(3, height, width, dtype=torch.uint8)] * self.num_pictures
+        text = self._render(self._messages("x"), True)
+        ids = self.processor(text=[text], images=blank, images_kwargs={"do_resize": False})["input_ids"][0]
+        return list(ids).count(self.processor.image_token_id) // self.num_pictures
 
     def inference_batch(self, instructions: list[str]) -> dict[str, Tensor]:
         """Left-padded `input_ids` and `attention_mask`, (B, T) each: every row's next token is at the end."""

@@ -63,6 +63,16 @@ def test_vision_id_and_several_pictures(qwen_processor):
     assert "Picture" not in qwen_processor.tokenizer.decode(plain.prompt_ids("open the drawer"))
 
 
+def test_prompt_is_the_processors_own(qwen_processor):
+    """Image tokens are counted once; every prompt must still be what the VLM's processor makes of it."""
+    chat = make_chat(qwen_processor, num_pictures=2, picture_size=(56, 84))
+    images = [torch.zeros(3, 56, 84, dtype=torch.uint8)] * 2
+    for instruction in ("open the drawer", "stop\nState: 0 1000 7"):
+        text = chat._render(chat._messages(instruction), True)
+        own = qwen_processor(text=[text], images=images, images_kwargs={"do_resize": False})
+        assert chat.prompt_ids(instruction) == list(own["input_ids"][0])
+
+
 def test_padding_sides(tiny_processor):
     chat = make_chat(tiny_processor, horizon=1, dim=2, picture_size=(56, 56))
     short, long = "go", "put the black bowl on the plate next to the ramekin"
