@@ -22,6 +22,7 @@ COMMANDS = {
         "libero.evaluate", "EvalConfig", "evaluate", "evaluate a policy on LIBERO as the paper does"
     ),
     "record": Command("libero.record", "RecordConfig", "record", "record episodes of a scripted expert"),
+    "curve": Command("curve", "CurveConfig", "plot_curve", "plot the loss curve of a lerobot-train log"),
     "tiny-vlm": Command("tiny_vlm", "TinyVLMConfig", "make_tiny_vlm", "write a small random Qwen2.5-VL"),
 }
 USAGE = "usage: lerobot-vla0 COMMAND [--option=value ...]\n\ncommands:\n" + "\n".join(

@@ -1,9 +1,12 @@
 """Shared fixtures: a tiny VLM, a policy on it, and reference data where it is at hand."""
 
+import hashlib
 import json
 import os
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -125,6 +128,62 @@ def process_env(tmp_path_factory) -> dict[str, str]:
         "WANDB_MODE": "disabled",
         "TQDM_DISABLE": "1",
     }
+
+
+@pytest.fixture
+def throw_away(tmp_path_factory, monkeypatch) -> None:
+    """LIBERO's config file and the stand-in assets in a throw-away place, for tests in this process."""
+    home = tmp_path_factory.getbasetemp()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home / "cache"))
+    monkeypatch.setenv("LIBERO_CONFIG_PATH", str(home / "libero"))
+
+
+class LocalHub(BaseHTTPRequestHandler):
+    """The part of the Hugging Face Hub's HTTP interface that the real client reads a repo through."""
+
+    SHA = "0" * 40
+
+    def do_HEAD(self) -> None:
+        self.answer(body=False)
+
+    def do_GET(self) -> None:
+        self.answer(body=True)
+
+    def answer(self, body: bool) -> None:
+        root, path = self.server.root, self.path.split("?")[0].strip("/")
+        if path.startswith("api/"):  # api/datasets/<owner>/<name>[/revision/main]
+            _, kind, owner, name = path.split("/")[:4]
+            folder = root / kind / owner / name
+            files = [str(p.relative_to(folder)) for p in sorted(folder.rglob("*")) if p.is_file()]
+            info = {"id": f"{owner}/{name}", "sha": self.SHA, "siblings": [{"rfilename": f} for f in files]}
+            content, found = json.dumps(info).encode(), folder.is_dir()
+        else:  # datasets/<owner>/<name>/resolve/<revision>/<file>
+            repo, _, file = path.partition("/resolve/")
+            file = root / repo / file.partition("/")[2]
+            found = file.is_file()
+            content = file.read_bytes() if found else b""
+        self.send_response(200 if found else 404)
+        self.send_header("Content-Length", str(len(content)))
+        self.send_header("ETag", f'"{hashlib.sha1(content).hexdigest()}"')
+        self.send_header("X-Repo-Commit", self.SHA)
+        self.end_headers()
+        if body:
+            self.wfile.write(content)
+
+    def log_message(self, *arguments: object) -> None:
+        self.server.requests.append(self.path)
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """A local stand-in for the Hugging Face Hub: `hub.root / "datasets/owner/name"` is a repo,
+    `HF_ENDPOINT=hub.url` in a process's environment makes the real client use it."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), LocalHub)
+    server.root, server.requests = tmp_path / "hub", []
+    server.url = f"http://127.0.0.1:{server.server_address[1]}"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
 
 
 def run_script(name: str, *arguments: str, env: dict[str, str], timeout: int = 600, check: bool = True):

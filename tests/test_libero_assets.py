@@ -78,15 +78,78 @@ def test_folder_that_holds_no_assets(home):
         prepare_libero("libero_object", str(home))
 
 
-def test_auto_prefers_installed_assets_and_says_so_otherwise(home, caplog, monkeypatch):
-    root = home / "package"
-    monkeypatch.setattr(assets, "_primitives", lambda suite: Path("stand-ins"))
-    assert assets._asset_folder("libero_object", "auto", root) == Path("stand-ins")
-    assert "not LIBERO scores" in caplog.text
-    assert assets._asset_folder("libero_goal", "auto", root) is None  # hf-libero downloads
+def make_assets(folder: Path) -> Path:
     for name in ASSET_FOLDERS:
-        (root / "assets" / name).mkdir(parents=True)
-    assert assets._asset_folder("libero_object", "auto", root) is None
+        (folder / name).mkdir(parents=True)
+        (folder / name / "object.xml").write_text("<mujoco/>")
+    return folder
+
+
+def test_auto_and_real_take_installed_assets(home, monkeypatch):
+    monkeypatch.setattr(assets, "snapshot_download", pytest.fail)
+    cached = make_assets(home / ".cache/libero/assets")
+    for choice in ("auto", "real"):
+        assert assets._asset_folder("libero_object", choice, home / "package") == cached
+    package = make_assets(home / "package/assets")
+    assert assets._asset_folder("libero_goal", "auto", home / "package") == package
+    assert assets.asset_name(package) == "real" and not assets.is_primitive(package)
+
+
+PREPARE = (
+    "import sys; from lerobot_vla0.libero.assets import prepare_libero; "
+    "print('FOLDER', prepare_libero(*sys.argv[1:]))"
+)
+
+
+def prepare(*arguments: str, **env: str) -> subprocess.CompletedProcess:
+    """In a process of its own: the Hub's client reads its environment when imported."""
+    return subprocess.run(
+        [sys.executable, "-c", PREPARE, *arguments],
+        env={**os.environ, **env},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_auto_and_real_download_what_is_missing(home, hub):
+    """The real Hub client against a local stand-in; hf-libero's empty folder is in the way."""
+    make_assets(hub.root / "datasets/lerobot/libero-assets")
+    cached = home / ".cache/libero/assets"
+    cached.mkdir(parents=True)
+    online = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(home / "hf")}
+    result = prepare("libero_spatial", "real", **online)
+    assert f"FOLDER {cached}\n" in result.stdout, result.stderr
+    assert "4/4" in result.stderr  # the client's progress bar
+    assert (cached / "turbosquid_objects/object.xml").read_text() == "<mujoco/>"
+    asked = len(hub.requests)
+    assert f"FOLDER {cached}\n" in prepare("libero_goal", "auto", **online).stdout
+    assert len(hub.requests) == asked  # now installed
+
+
+def test_a_download_cut_short_is_not_taken_for_complete(home, hub):
+    make_assets(hub.root / "datasets/lerobot/libero-assets")
+    (hub.root / "datasets/lerobot/libero-assets/stable_hope_objects/object.xml").unlink()
+    online = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(home / "hf")}
+    result = prepare("libero_spatial", "real", **online)
+    assert "libero-assets lacks some of articulated_objects" in result.stderr
+    assert not (home / ".cache/libero/assets").exists()
+
+
+@pytest.mark.parametrize("network", ["off", "unreachable"])
+def test_no_assets_and_no_network(home, network):
+    offline = {"HF_HUB_OFFLINE": "1"}
+    if network == "unreachable":
+        offline = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
+    result = prepare("libero_spatial", "auto", **offline)
+    message = result.stderr.split("FileNotFoundError: ")[-1].strip().splitlines()
+    assert len(message) == 2
+    assert message[0].startswith("libero_spatial needs LIBERO's assets, and they could not be downloaded")
+    assert "hf download lerobot/libero-assets" in message[1] and "assets=<folder>" in message[1]
+    result = prepare("libero_object", "auto", **offline)
+    assert "primitive_assets_v" in result.stdout
+    assert result.stderr.count("not LIBERO scores") == 1
+    assert "could not be downloaded" in prepare("libero_object", "real", **offline).stderr
 
 
 def test_no_rendering_library(monkeypatch):

@@ -23,13 +23,6 @@ def test_unknown_suite_lists_the_known(task):
         VLA0LiberoEnv(task=task)
 
 
-@pytest.fixture
-def throw_away(tmp_path_factory, monkeypatch):
-    home = tmp_path_factory.getbasetemp()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(home / "cache"))
-    monkeypatch.setenv("LIBERO_CONFIG_PATH", str(home / "libero"))
-
-
 @pytest.mark.slow
 def test_an_environment_that_ends_early_waits(throw_away):
     """Two environments in one process: the one that has finished is frozen and does not use up an init

@@ -1,18 +1,13 @@
 import gymnasium
 import numpy as np
 import pytest
+from conftest import shared
 
 import lerobot_vla0  # noqa: F401  (registers the id)
 
 ID = "lerobot_vla0/Libero-v0"
 SMALL = {"image_size": 32, "assets": "primitive"}
-
-
-@pytest.fixture(autouse=True)
-def throw_away(tmp_path_factory, monkeypatch):
-    home = tmp_path_factory.getbasetemp()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(home / "cache"))
-    monkeypatch.setenv("LIBERO_CONFIG_PATH", str(home / "libero"))
+pytestmark = pytest.mark.usefixtures("throw_away")
 
 
 @pytest.mark.parametrize(
@@ -121,3 +116,26 @@ def test_make_vec_and_twenty_cycles_leak_nothing():
     assert files[-1] <= files[2]
     # One context of this size takes tens of megabytes: 17 leaked ones would show.
     assert megabytes[-1] - megabytes[2] < 17 * 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suite", ["libero_spatial", "libero_object", "libero_goal", "libero_10"])
+def test_every_task_resets_and_steps(suite):
+    """All 40 tasks of the paper's four suites, on LIBERO's meshes."""
+    action = np.array([0, 0, 0, 0, 0, 0, -1], dtype=np.float32)
+    instructions = set()
+    for task_id in range(10):
+        env = gymnasium.make(
+            ID, suite=suite, task_id=task_id, image_size=32, assets=str(shared("libero-assets"))
+        )
+        try:
+            observation, info = env.reset(options={"init_state": 49})
+            assert info["task_id"] == task_id and info["init_state"] == 49
+            assert all(image.std() > 5 for image in observation["pixels"].values())  # not a blank picture
+            observation, reward, terminated, truncated, info = env.step(action)
+            assert env.observation_space.contains(observation)
+            assert (reward, terminated, truncated, info["is_success"]) == (0.0, False, False, False)
+            instructions.add(info["task"])
+        finally:
+            env.close()
+    assert len(instructions) == 10

@@ -140,18 +140,33 @@ def test_kill_resume_and_shards_give_one_result(checkpoint, process_env, tmp_pat
 
 
 @pytest.mark.slow
-def test_camera_that_libero_lacks(tiny_vlm, process_env, tmp_path):
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [
+        (
+            {"input_features": {"observation.images.front": (3, 256, 256)}},
+            "the policy looks at ['observation.images.front'], which LIBERO does not have",
+        ),
+        ({"output_features": {"action": (6,)}}, "the policy's actions have 6 dimensions, LIBERO's have 7"),
+    ],
+)
+def test_policy_for_another_robot(tiny_vlm, process_env, tmp_path, features, message):
     from lerobot.configs import FeatureType, PolicyFeature
 
     from lerobot_vla0.modeling_vla0 import VLA0Policy
     from lerobot_vla0.processor_vla0 import make_vla0_pre_post_processors
 
-    inputs = {"observation.images.front": PolicyFeature(FeatureType.VISUAL, (3, 256, 256))}
-    config = make_config(tiny_vlm, input_features=inputs)
+    kinds = {"input_features": FeatureType.VISUAL, "output_features": FeatureType.ACTION}
+    features = {
+        name: {key: PolicyFeature(kinds[name], shape) for key, shape in entries.items()}
+        for name, entries in features.items()
+    }
+    config = make_config(tiny_vlm, **features)
+    stats = {"action": {name: value[:6] for name, value in make_stats()["action"].items()}}
     VLA0Policy(config).save_pretrained(tmp_path / "policy")
-    for processor in make_vla0_pre_post_processors(config, make_stats()):
+    for processor in make_vla0_pre_post_processors(config, stats):
         processor.save_pretrained(tmp_path / "policy")
     result = run_script(
         "lerobot-vla0", *arguments(tmp_path / "policy", tmp_path / "out"), env=process_env, check=False
     )
-    assert result.returncode == 1 and "observation.images.front" in result.stdout
+    assert result.returncode == 1 and message in result.stdout

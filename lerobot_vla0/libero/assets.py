@@ -12,32 +12,37 @@ import sys
 from ctypes.util import find_library
 from pathlib import Path
 
+import httpx
 import yaml
+from filelock import FileLock
+from huggingface_hub import snapshot_download
 
 from .primitives import write_primitive_assets
 
 # Sub-folders that hf-libero itself checks for before it downloads.
 ASSET_FOLDERS = ("articulated_objects", "stable_scanned_objects", "turbosquid_objects", "stable_hope_objects")
+ASSETS_REPO = "lerobot/libero-assets"  # hf-libero's source
 # Part of the folder's name: raise it whenever primitives.py changes what it writes.
 PRIMITIVES_VERSION = 1
 
 
-def prepare_libero(suite: str, assets: str = "auto") -> Path | None:
+def prepare_libero(suite: str, assets: str = "auto") -> Path:
     """Answers LIBERO's question for its config file and points it at the assets.
 
     Args:
         suite: LIBERO suite that will be used, for example "libero_object".
-        assets: "real": the official ones, installed or downloaded by hf-libero; "primitive": boxes and
-            cylinders generated here (libero_object only); "auto": the real ones if they are installed, else
-            primitives for libero_object; otherwise a folder with LIBERO's asset sub-folders.
+        assets: "real": the official ones, installed or downloaded (`lerobot/libero-assets`); "primitive":
+            boxes and cylinders generated here (libero_object only); "auto": the real ones if they are
+            installed or can be downloaded, else primitives for libero_object; otherwise a folder with
+            LIBERO's asset sub-folders.
 
     Returns:
-        The asset folder, or None where hf-libero finds or downloads the real ones itself.
+        The asset folder. Passed on as `assets` to other processes, it saves them the search.
 
     Raises:
         ImportError: hf-libero is not installed.
-        FileNotFoundError: `assets` is no folder of assets, or LIBERO's config points to folders that are
-            gone.
+        FileNotFoundError: there are no assets and no way to download them, `assets` is no folder of assets,
+            or LIBERO's config points to folders that are gone.
         ValueError: primitives were asked for another suite than libero_object.
         RuntimeError: no library for off-screen rendering.
     """
@@ -51,8 +56,7 @@ def prepare_libero(suite: str, assets: str = "auto") -> Path | None:
     folder = _asset_folder(suite, assets, root)
     import libero.libero as libero
 
-    if folder is not None:
-        libero._assets_path_cache = str(folder)
+    libero._assets_path_cache = str(folder)
     return folder
 
 
@@ -84,20 +88,28 @@ def _ensure_config(root: Path) -> None:
     draft.replace(path)
 
 
-def _asset_folder(suite: str, assets: str, root: Path) -> Path | None:
-    if assets == "real":
-        return None
-    if assets == "auto":
-        places = (root / "assets", Path.home() / ".cache" / "libero" / "assets")
-        if suite != "libero_object" or any(_has_assets(place) for place in places):
-            return None
-        logging.warning(
-            "LIBERO's assets are not installed: libero_object runs on stand-ins made of boxes and cylinders. "
-            "Scores on them are not LIBERO scores. Choose with assets=real or assets=primitive."
-        )
-        return _primitives(suite)
+def _asset_folder(suite: str, assets: str, root: Path) -> Path:
     if assets == "primitive":
         return _primitives(suite)
+    if assets in ("auto", "real"):
+        installed = [place for place in (root / "assets", _downloads()) if _has_assets(place)]
+        if installed:
+            return installed[0]
+        try:
+            return _download(_downloads())
+        except (OSError, httpx.HTTPError) as error:
+            reason = str(error).splitlines()[0]
+            if assets == "auto" and suite == "libero_object":
+                logging.warning(
+                    "LIBERO's assets are not installed and could not be downloaded: libero_object runs on "
+                    "stand-ins made of boxes and cylinders. Scores on them are not LIBERO scores."
+                )
+                return _primitives(suite)
+            raise FileNotFoundError(
+                f"{suite} needs LIBERO's assets, and they could not be downloaded ({reason}).\nOn a machine "
+                f"with network run `hf download {ASSETS_REPO} --repo-type=dataset --local-dir=libero_assets`,"
+                " copy that folder here and pass it as assets=<folder>."
+            ) from error
     folder = Path(assets).expanduser()
     if not _has_assets(folder):
         raise FileNotFoundError(
@@ -105,6 +117,31 @@ def _asset_folder(suite: str, assets: str, root: Path) -> Path | None:
             f"{', '.join(ASSET_FOLDERS)}."
         )
     return folder.resolve()
+
+
+def _downloads() -> Path:
+    """Where hf-libero looks, and so LeRobot's own `--env.type=libero`."""
+    return Path.home() / ".cache" / "libero" / "assets"
+
+
+def _download(target: Path) -> Path:
+    """Fetches the assets from the Hub, with its progress bars.
+
+    hf-libero 0.1.4's own download passes an option that huggingface_hub 1.0 removed: it fails, and leaves an
+    empty folder behind. A folder cut short it would take for complete; this one gets its name at the end.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = target.with_name("assets.incomplete")
+    with FileLock(target.with_name("assets.lock")):  # several processes may get here at once
+        if _has_assets(target):
+            return target
+        snapshot_download(ASSETS_REPO, repo_type="dataset", local_dir=draft)
+        if not _has_assets(draft):
+            raise FileNotFoundError(f"{ASSETS_REPO} lacks some of {', '.join(ASSET_FOLDERS)}.")
+        if target.is_dir():
+            target.rmdir()  # hf-libero's empty one; anything else in there is not ours to remove
+        draft.rename(target)
+    return target
 
 
 def _has_assets(folder: Path) -> bool:
@@ -120,9 +157,14 @@ def _primitives(suite: str) -> Path:
     return write_primitive_assets(cache / "lerobot_vla0" / f"primitive_assets_v{PRIMITIVES_VERSION}")
 
 
-def is_primitive(folder: Path | None) -> bool:
+def is_primitive(folder: Path) -> bool:
     """Whether what `prepare_libero` returned are the generated stand-ins."""
-    return folder is not None and folder.name.startswith("primitive_assets_v")
+    return folder.name.startswith("primitive_assets_v")
+
+
+def asset_name(folder: Path) -> str:
+    """The folder's name for result files: "real" for LIBERO's own, wherever they are installed."""
+    return "real" if folder.name == "assets" else folder.name
 
 
 def check_rendering() -> None:

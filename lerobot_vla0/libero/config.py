@@ -50,8 +50,8 @@ class VLA0LiberoEnv(LiberoEnv):
     observation_width: int = 256
     # Seed of the simulator at every reset, whatever seed the script gives; None passes the script's on.
     simulator_seed: int | None = SIMULATOR_SEED
-    # "auto": LIBERO's assets if installed, else stand-ins for libero_object. "real", "primitive", or a
-    # folder.
+    # "auto": LIBERO's assets, installed or downloaded, else stand-ins for libero_object. "real",
+    # "primitive", or a folder.
     assets: str = "auto"
 
     def __post_init__(self) -> None:
@@ -69,7 +69,8 @@ class VLA0LiberoEnv(LiberoEnv):
         """{suite: {task id: vector environment of `n_envs` environments}}."""
         envs: dict[str, dict[int, gym.vector.VectorEnv]] = {}
         for suite in self.suites:
-            prepare_libero(suite, self.assets)
+            # Found, or downloaded, once: the environments' processes get the folder.
+            assets = str(prepare_libero(suite, self.assets))
             from lerobot.envs.libero import create_libero_envs  # its import reads LIBERO's config file
 
             envs |= create_libero_envs(
@@ -78,7 +79,9 @@ class VLA0LiberoEnv(LiberoEnv):
                 camera_name=self.camera_name,
                 init_states=self.init_states,
                 gym_kwargs=self.gym_kwargs,
-                env_cls=partial(_vectorise, config=self, suite=suite, use_async=use_async_envs),
+                env_cls=partial(
+                    _vectorise, config=self, suite=suite, assets=assets, use_async=use_async_envs
+                ),
                 control_mode=self.control_mode,
                 episode_length=self.episode_length or MAX_STEPS[suite],
                 camera_name_mapping=self.camera_name_mapping,
@@ -87,8 +90,10 @@ class VLA0LiberoEnv(LiberoEnv):
         return envs
 
 
-def _vectorise(makers: list[Callable[[], Any]], *, config: VLA0LiberoEnv, suite: str, use_async: bool) -> Any:
-    makers = [partial(_make, maker, suite, config) for maker in makers]
+def _vectorise(
+    makers: list[Callable[[], Any]], *, config: VLA0LiberoEnv, suite: str, assets: str, use_async: bool
+) -> Any:
+    makers = [partial(_make, maker, suite, assets, config) for maker in makers]
     if use_async and len(makers) > 1:
         return _LazyAsyncVectorEnv(makers)
     # An environment that ends early waits for the others: its automatic reset would use up an init state.
@@ -98,9 +103,9 @@ def _vectorise(makers: list[Callable[[], Any]], *, config: VLA0LiberoEnv, suite:
     )
 
 
-def _make(maker: Callable[[], gym.Env], suite: str, config: VLA0LiberoEnv) -> gym.Env:
+def _make(maker: Callable[[], gym.Env], suite: str, assets: str, config: VLA0LiberoEnv) -> gym.Env:
     """Runs in the worker process, which knows nothing of what its parent prepared."""
-    prepare_libero(suite, config.assets)
+    prepare_libero(suite, assets)
     return _PaperProtocol(maker(), config)
 
 

@@ -20,7 +20,7 @@ import torch
 from lerobot.configs import PreTrainedConfig, parser
 from tqdm import tqdm
 
-from .assets import is_primitive, prepare_libero
+from .assets import asset_name, is_primitive, prepare_libero
 from .config import MAX_STEPS, NUM_INIT_STATES, NUM_TASKS, VLA0LiberoEnv, check_task_ids
 from .env import FPS
 from .report import compare, key_of, read_episodes, write_report
@@ -167,7 +167,7 @@ def _settings(config: EvalConfig) -> dict[str, Any]:
         "image_size": config.image_size,
         "max_episode_steps": config.max_episode_steps
         or {suite: MAX_STEPS[suite] for suite in config.suite_list},
-        "assets": [folder.name if folder else "real" for folder in folders],
+        "assets": [asset_name(folder) for folder in folders],
         "stand_in_assets": any(is_primitive(folder) for folder in folders),
         "episodes_in_all": sum(len(group) for _, _, group in config.batches()),
         "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
@@ -221,6 +221,12 @@ class _Runner:
             raise ValueError(
                 f"the policy looks at {sorted(cameras)}, which LIBERO does not have; it has "
                 "observation.images.image and observation.images.image2."
+            )
+        dims, libero_dims = policy.action_dim, env_config.features["action"].shape[0]
+        if dims != libero_dims:
+            raise ValueError(
+                f"the policy's actions have {dims} dimensions, LIBERO's have {libero_dims}: it was trained "
+                "for another robot."
             )
         self.policy = policy.eval()
         self.preprocess, self.postprocess = make_pre_post_processors(

@@ -5,14 +5,14 @@ import json
 import multiprocessing
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from .assets import prepare_libero
+from .assets import asset_name, prepare_libero
 from .config import MAX_STEPS, NUM_INIT_STATES, check_task_ids
 
 # The control frequency is 20 Hz, but `lerobot/libero` says 10; what trains on one must train on the other.
@@ -88,6 +88,7 @@ def record(config: RecordConfig) -> Path:
     if config.noise < 0 or config.workers < 1:
         raise ValueError(f"noise={config.noise} must be at least 0, and workers={config.workers} at least 1.")
     check_task_ids(config.suite, config.tasks)
+    # Found, or downloaded, once: the workers get the folder.
     assets = prepare_libero(config.suite, config.assets)
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
@@ -103,7 +104,9 @@ def record(config: RecordConfig) -> Path:
     kept, tried = [], 0
     progress = tqdm(total=len(jobs), desc="Recording", unit="episode")
     try:
-        for (task, episode), frames in zip(jobs, _play_all(config, jobs), strict=True):
+        for (task, episode), frames in zip(
+            jobs, _play_all(replace(config, assets=str(assets)), jobs), strict=True
+        ):
             tried += 1
             if frames:
                 for frame in frames:
@@ -118,7 +121,7 @@ def record(config: RecordConfig) -> Path:
     if not kept:
         raise RuntimeError(f"the expert solved none of {tried} episodes of {config.suite} {config.tasks}.")
     settings = {key: str(value) if key == "out" else value for key, value in asdict(config).items()}
-    info = {"settings": settings, "asset_folder": assets and assets.name, "tried": tried, "episodes": kept}
+    info = {"settings": settings, "asset_folder": asset_name(assets), "tried": tried, "episodes": kept}
     (Path(config.out) / RECORD_FILE).write_text(json.dumps(info, indent=2))
     print(f"The expert solved {len(kept)} of {tried} episodes ({100 * len(kept) / tried:.0f} %).")
     print(f"Wrote {dataset.num_episodes} episodes, {dataset.num_frames} frames to {config.out}")

@@ -130,6 +130,7 @@ def plot(groups: dict[str, dict[int, list[Episode]]], path: Path, stand_ins: boo
         )
     axes.set_xticks(range(len(bars)), [str(task_id) for _, task_id, _ in bars])
     axes.set(xlabel="task", ylabel="success (%), 95 % interval", ylim=(0, 105))
+    axes.set_xlim(-0.8, max(len(bars), 5) - 0.2)  # a lone bar does not fill the plot
     axes.set_title("stand-in assets: not LIBERO scores" if stand_ins else "LIBERO", fontsize="medium")
     axes.legend(fontsize="small", loc="lower right")
     figure.savefig(path, dpi=120)
