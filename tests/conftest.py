@@ -151,12 +151,20 @@ class LocalHub(BaseHTTPRequestHandler):
 
     def answer(self, body: bool) -> None:
         root, path = self.server.root, self.path.split("?")[0].strip("/")
-        if path.startswith("api/"):  # api/datasets/<owner>/<name>[/revision/main]
-            _, kind, owner, name = path.split("/")[:4]
-            folder = root / kind / owner / name
-            files = [str(p.relative_to(folder)) for p in sorted(folder.rglob("*")) if p.is_file()]
-            info = {"id": f"{owner}/{name}", "sha": self.SHA, "siblings": [{"rfilename": f} for f in files]}
-            content, found = json.dumps(info).encode(), folder.is_dir()
+        if path.startswith("api/"):  # api/datasets/<owner>/<name>/{revision,tree}/<revision>
+            repo, found = "/".join(path.split("/")[1:4]), "/revision/" in path or "/tree/" in path
+            info = {"id": repo.partition("/")[2], "sha": self.SHA, "siblings": []}
+            files = [p for p in sorted((root / repo).rglob("*")) if p.is_file()]
+            tree = [
+                {
+                    "type": "file",
+                    "path": str(p.relative_to(root / repo)),
+                    "size": p.stat().st_size,
+                    "oid": hashlib.sha1(p.read_bytes()).hexdigest(),
+                }
+                for p in files
+            ]
+            content = json.dumps(tree if "/tree/" in path else info).encode()
         else:  # datasets/<owner>/<name>/resolve/<revision>/<file>
             repo, _, file = path.partition("/resolve/")
             file = root / repo / file.partition("/")[2]
