@@ -1,5 +1,5 @@
 # Two commands do all the set-up on a machine with git, make and some Python 3 with pip:
-#   make demo    record, train and evaluate a tiny model in the LIBERO simulation (CPU, no download of weights)
+#   make demo    record an expert in the LIBERO simulation, train a small model on it, evaluate it (CPU, no download)
 #   make test    the whole test suite; `make test-fast` leaves out what needs a simulator or a training process
 
 SHELL := /bin/bash
@@ -7,24 +7,30 @@ SHELL := /bin/bash
 UV := $(shell uv --version >/dev/null 2>&1 && command -v uv || echo $(CURDIR)/.tools/bin/uv)
 RUN := $(UV) run --locked --all-extras
 DEMO := outputs/demo
+DEMO_EVAL = $(RUN) lerobot-vla0 eval --policy.path=$(DEMO)/train/checkpoints/last/pretrained_model --suites=libero_object \
+	--tasks=[2] --episodes=10 --batch_size=2 --image_size=112 --assets=primitive --videos=all
 # LIBERO keeps absolute paths of its package in a config file: one per environment, not one per user.
 export LIBERO_CONFIG_PATH ?= $(CURDIR)/.venv/libero
 export UV
 
 .PHONY: demo test test-fast lint setup render
 
+# One task, ten of LIBERO's 50 initial states; the last ten are held out.
 demo: setup render
 	@test ! -e $(DEMO) || { echo "$(DEMO) exists: remove it first (rm -r $(DEMO))."; exit 1; }
-	$(RUN) lerobot-vla0 record --out=$(DEMO)/dataset --suite=libero_object --tasks=[0] --episodes=4 --assets=primitive
-	$(RUN) lerobot-vla0 tiny-vlm --out=$(DEMO)/vlm
-	$(RUN) lerobot-train --config_path=configs/demo_train.yaml
-	$(RUN) lerobot-eval --policy.path=$(DEMO)/train/checkpoints/last/pretrained_model --policy.device=cpu \
-		--env.type=vla0_libero --env.task=libero_object --env.task_ids=[0] --env.assets=primitive \
-		--eval.batch_size=1 --eval.n_episodes=2 --output_dir=$(DEMO)/eval
+	$(RUN) lerobot-vla0 record --out=$(DEMO)/dataset --suite=libero_object --tasks=[2] --episodes=20 --init_states=10 \
+		--noise=0.15 --image_size=112 --workers=2 --assets=primitive
+	$(RUN) lerobot-vla0 tiny-vlm --out=$(DEMO)/vlm --hidden_size=96 --num_heads=3 --num_layers=3
+	set -o pipefail; $(RUN) lerobot-train --config_path=configs/demo_train.yaml 2>&1 | tee $(DEMO)/train.log
+	$(RUN) lerobot-vla0 curve --log=$(DEMO)/train.log --out=$(DEMO)/loss.png
+	$(DEMO_EVAL) --out=$(DEMO)/eval_seen
+	$(DEMO_EVAL) --out=$(DEMO)/eval_held_out --first_init_state=40
 	@echo
+	@echo "on the initial states it was trained on:"; grep pick $(DEMO)/eval_seen/report.md
+	@echo "on initial states it has never seen:"; grep pick $(DEMO)/eval_held_out/report.md
 	@echo "checkpoint  $(DEMO)/train/checkpoints/last/pretrained_model"
-	@echo "metrics     $(DEMO)/eval/eval_info.json"
-	@echo "videos      $(DEMO)/eval/videos/libero_object_0/"
+	@echo "loss curve  $(DEMO)/loss.png"
+	@echo "videos      $(DEMO)/eval_seen/videos/ $(DEMO)/eval_held_out/videos/"
 
 test: setup render
 	$(RUN) ruff check
