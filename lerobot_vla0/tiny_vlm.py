@@ -22,8 +22,8 @@ SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# Qwen's 0.02 suits widths in the thousands. At a width of 128 and equal training time, 0.06 gave a loss of 0.76
-# instead of 0.81 (400 s on one core, demo's data; measured with a loop around `policy.forward`).
+# Qwen's 0.02 suits widths in the thousands. At a width of 128, 0.06 gave a loss of 0.76 instead of 0.81 after
+# equal time (400 s on one core, the demo's data, a loop around `policy.forward`).
 INITIALIZER_RANGE = 0.06
 # Words of LIBERO's instructions, so that they take few tokens.
 CORPUS = [

@@ -222,12 +222,6 @@ class _Runner:
                 f"the policy looks at {sorted(cameras)}, which LIBERO does not have; it has "
                 "observation.images.image and observation.images.image2."
             )
-        dims, libero_dims = policy.action_dim, env_config.features["action"].shape[0]
-        if dims != libero_dims:
-            raise ValueError(
-                f"the policy's actions have {dims} dimensions, LIBERO's have {libero_dims}: it was trained "
-                "for another robot."
-            )
         self.policy = policy.eval()
         self.preprocess, self.postprocess = make_pre_post_processors(
             config.policy,
