@@ -11,7 +11,8 @@ FILES = sorted((ROOT / "configs").glob("*train*.yaml"))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
-def test_parses(path, monkeypatch):
+def test_parses(path, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # the output folder of a configuration must not exist yet
     monkeypatch.setattr("sys.argv", ["lerobot-train"])
     config = draccus.parse(TrainPipelineConfig, config_path=path, args=[])
     assert isinstance(config.policy, VLA0Config) and config.steps > 0
