@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
@@ -108,40 +109,140 @@ def hidden_states(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     return model.model(**inputs, use_cache=False).last_hidden_state
 
 
+def encode_prefix(model: nn.Module, ids: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values, (1, heads, P, size) per layer, of text tokens (1, P) at the start of prompts."""
+    cache = _RowCache(ids.shape[1], None)
+    slots = torch.arange(ids.shape[1], device=ids.device)[None]
+    _attend(
+        model.model.language_model, cache, model.get_input_embeddings()(ids), slots.expand(3, -1, -1), slots
+    )
+    return cache.layers
+
+
+def _attend(
+    language_model: nn.Module, cache: "_RowCache", embeddings: Tensor, positions: Tensor, slots: Tensor
+) -> Tensor:
+    """Feeds embeddings (R, k, hidden) at `slots` (R, k) of the cache → last hidden states."""
+    cache.slots, cache.used = slots, int(slots.max()) + 1
+    # Every token sees the slots up to its own: what lies beyond a row's length is its own draft, or stale.
+    seen = torch.arange(cache.used, device=slots.device) <= slots[..., None]  # (R, k, used)
+    mask = torch.zeros(seen.shape, dtype=embeddings.dtype, device=seen.device)
+    mask = mask.masked_fill(~seen, torch.finfo(mask.dtype).min)[:, None]
+    return language_model(
+        inputs_embeds=embeddings,
+        position_ids=positions,
+        attention_mask={"full_attention": mask},
+        past_key_values=cache,
+        use_cache=True,
+    ).last_hidden_state
+
+
 class PromptCache:
-    """The VLM after a batch of left-padded prompts: the KV cache and what it takes to extend it.
+    """The VLM behind a batch of prompts, as `decoding.Model`: Transformers' own modules on a KV cache whose
+    rows have lengths of their own.
 
     Only `token_ids` rows of the LM head are computed: 12 instead of 151,936.
 
-    Attributes:
-        logits: (B, len(token_ids)), after the prompts.
+    Args:
+        model: the VLM.
+        inputs: of *right-padded* prompts, with `attention_mask`, and pictures.
+        token_ids: of the grammar.
+        room: tokens that will be fed behind the longest prompt at most.
+        prefix: from `encode_prefix`, of tokens that all prompts begin with; they are not fed again.
     """
 
-    def __init__(self, model: nn.Module, inputs: dict[str, Tensor], token_ids: Tensor) -> None:
-        self.language_model = model.model.language_model
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        token_ids: list[int],
+        room: int,
+        prefix: list[tuple[Tensor, Tensor]] | None = None,
+    ) -> None:
+        self.vlm, self.language_model = model.model, model.model.language_model
+        self.inputs = inputs
         self.head = model.lm_head.weight[token_ids]
-        output = model.model(**inputs, use_cache=True)
-        self.cache = output.past_key_values
-        self.mask = inputs["attention_mask"]
-        # Multimodal RoPE: an image spans fewer positions than tokens, so text goes on at token count + delta
-        # (<= 0).
-        self.next_position = self.mask.sum(1, keepdim=True) + output.rope_deltas
-        self.logits = self._head(output.last_hidden_state[:, -1])
+        self.lengths = inputs["attention_mask"].sum(1)  # (R,) slots that hold for good
+        self.skipped = prefix[0][0].shape[2] if prefix else 0
+        self.cache = _RowCache(inputs["input_ids"].shape[1] + room, prefix)
 
-    def _head(self, hidden: Tensor) -> Tensor:
-        return nn.functional.linear(hidden, self.head).float()
+    def start(self, drafts: list[list[int]]) -> np.ndarray:
+        ids, device = self.inputs["input_ids"], self.head.device
+        rows, width = len(ids), max(int(n) + len(d) for n, d in zip(self.lengths, drafts, strict=True))
+        tokens = ids.new_zeros(rows, max(width, ids.shape[1]))
+        tokens[:, : ids.shape[1]] = ids
+        positions, delta = self.vlm.get_rope_index(
+            ids,
+            mm_token_type_ids=self.inputs["mm_token_type_ids"],
+            image_grid_thw=self.inputs["image_grid_thw"],
+            attention_mask=self.inputs["attention_mask"],
+        )
+        # Multimodal RoPE: an image spans fewer positions than tokens, so text goes on at slot + delta (<= 0).
+        self.delta = delta.view(rows, 1).to(device)
+        slots = torch.arange(tokens.shape[1], device=device).expand(rows, -1)
+        text_positions = (slots + self.delta).expand(3, -1, -1).clone()
+        text_positions[:, :, : ids.shape[1]] = torch.where(
+            self.inputs["attention_mask"].bool(), positions, text_positions[:, :, : ids.shape[1]]
+        )
+        for row, draft in enumerate(drafts):
+            n = int(self.lengths[row])
+            tokens[row, n : n + len(draft)] = torch.tensor(draft, dtype=tokens.dtype, device=device)
+        embeddings = self.language_model.embed_tokens(tokens)
+        pictures = self.vlm.get_image_features(self.inputs["pixel_values"], self.inputs["image_grid_thw"])
+        is_picture = torch.zeros_like(tokens, dtype=torch.bool)
+        is_picture[:, : ids.shape[1]] = self.inputs["mm_token_type_ids"].bool()
+        embeddings[is_picture] = torch.cat(pictures.pooler_output).to(embeddings.dtype)
+        new = slice(self.skipped, None)
+        hidden = _attend(
+            self.language_model, self.cache, embeddings[:, new], text_positions[..., new], slots[:, new]
+        )
+        places = (self.lengths[:, None] - 1 - self.skipped) + torch.arange(
+            1 + max(map(len, drafts)), device=device
+        )
+        last = places.clamp(max=hidden.shape[1] - 1)[..., None].expand(-1, -1, hidden.shape[2])
+        return self._logits(hidden.gather(1, last))
 
-    def extend(self, tokens: Tensor) -> Tensor:
-        """Feeds `tokens` (B, k) → logits after each of them, (B, k, len(token_ids))."""
-        k = tokens.shape[1]
-        self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), k)], dim=1)
-        positions = self.next_position + torch.arange(k, device=tokens.device)
-        self.next_position = self.next_position + k
-        hidden = self.language_model(
-            input_ids=tokens,
-            position_ids=positions.expand(3, -1, -1),  # time, height and width advance together in text
-            attention_mask=self.mask,
-            past_key_values=self.cache,
-            use_cache=True,
-        ).last_hidden_state
-        return self._head(hidden)
+    def extend(self, kept: list[int], tokens: list[list[int]]) -> np.ndarray:
+        device = self.head.device
+        self.lengths = self.lengths + torch.tensor(kept, device=device)
+        width = max(map(len, tokens))
+        ids = torch.tensor([t + [0] * (width - len(t)) for t in tokens], device=device)
+        slots = self.lengths[:, None] + torch.arange(width, device=device)
+        positions = (slots + self.delta).expand(3, -1, -1)  # time, height and width advance together in text
+        embeddings = self.language_model.embed_tokens(ids)
+        return self._logits(_attend(self.language_model, self.cache, embeddings, positions, slots))
+
+    def _logits(self, hidden: Tensor) -> np.ndarray:
+        return nn.functional.linear(hidden, self.head).float().cpu().numpy()
+
+
+class _RowCache:
+    """Keys and values in place: each row writes to slots of its own. Transformers' caches append the same
+    number of tokens to every row; here rows accept drafts of different lengths, and rejected ones are simply
+    overwritten."""
+
+    def __init__(self, size: int, prefix: list[tuple[Tensor, Tensor]] | None) -> None:
+        self.size, self.initial = size, prefix
+        self.layers: list[tuple[Tensor, Tensor]] = []
+        self.slots: Tensor  # (R, k) where the next tokens go
+        self.used = 0  # slots that attention has to look at
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple:
+        """(R, heads, k, size) of the new tokens → of all slots in use."""
+        rows, heads, _, size = keys.shape
+        if layer == len(self.layers):
+            pair = (
+                keys.new_zeros(rows, heads, self.size, size),
+                keys.new_zeros(rows, heads, self.size, size),
+            )
+            if self.initial is not None:
+                for buffer, start in zip(pair, self.initial[layer], strict=True):
+                    buffer[:, :, : start.shape[2]] = start
+            self.layers.append(pair)
+        batch = torch.arange(rows, device=keys.device)[:, None]
+        for buffer, new in zip(self.layers[layer], (keys, values), strict=True):
+            buffer[batch, :, self.slots] = new.transpose(1, 2)
+        return tuple(buffer[:, :, : self.used] for buffer in self.layers[layer])
+
+    def get_seq_length(self, layer: int = 0) -> int:
+        return self.used

@@ -50,6 +50,9 @@ class VLA0Config(PreTrainedConfig):
     use_state: bool = False
     # 0 decodes greedily; above 0 samples from the allowed tokens at this temperature.
     temperature: float = 0.0
+    # Tokens guessed ahead and verified in one pass; changes the speed of acting, never the actions. None
+    # adapts to how many are right; 0 guesses none (only tokens that the grammar forces ride along).
+    draft_length: int | None = None
 
     # --- images ---
     # Image keys in the order in which they are shown; None takes all of the data set, in its order.
@@ -113,6 +116,9 @@ class VLA0Config(PreTrainedConfig):
         )
         self._check("num_bins", self.num_bins >= 2, "at least 2")
         self._check("temperature", self.temperature >= 0, "at least 0")
+        self._check(
+            "draft_length", self.draft_length is None or 0 <= self.draft_length <= 63, "None or in 0..63"
+        )
         cameras = self.cameras
         self._check("cameras", cameras is None or (cameras and len(set(cameras)) == len(cameras)),
                     "None or a list of different image keys")  # fmt: skip

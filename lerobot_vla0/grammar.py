@@ -1,22 +1,20 @@
 """The language of VLA-0's answers: exactly n integers in 0..B, single spaces, no leading zeros, then end of
-turn.
+turn. Knows tokens; knows nothing of models or robots."""
 
-The automaton works on whole batches of rows with tensor arithmetic: a row's state is how many integers are
-finished and the value of the one being written. Knows tokens; knows nothing of models or robots.
-"""
+from dataclasses import dataclass, field
 
-from typing import NamedTuple
-
-import torch
-from torch import Tensor
+import numpy as np
 
 
-class GrammarState(NamedTuple):
-    """Where each of R rows stands."""
+@dataclass
+class Text:
+    """How far one row's answer is written."""
 
-    index: Tensor  # (R,) int64, how many integers are finished; equal to `count` once the row has ended
-    value: Tensor  # (R,) int64, the integer being written, -1 before its first digit
-    integers: Tensor  # (R, count) int64, the finished integers; -1 where there is none yet
+    integers: list[int] = field(default_factory=list)  # the finished ones
+    value: int = -1  # the one being written, -1 before its first digit
+
+    def copy(self) -> "Text":
+        return Text(self.integers.copy(), self.value)
 
 
 class IntegerGrammar:
@@ -41,52 +39,58 @@ class IntegerGrammar:
             raise ValueError(f"count and maximum must be at least 1, got {count} and {maximum}.")
         self.count, self.maximum = count, maximum
         order = sorted(range(12), key=lambda i: ids[i])
-        self.token_ids = torch.tensor([ids[i] for i in order])
-        # digit of each symbol, -1 for the two separators
-        self.digits = torch.tensor([i if i < 10 else -1 for i in order])
+        self.token_ids = [ids[i] for i in order]
+        self.digit_symbols = [order.index(d) for d in range(10)]
         self.space, self.end = order.index(10), order.index(11)
+        # digit of each symbol, -1 for the two separators
+        self._digits = [i if i < 10 else -1 for i in order]
+        # Which symbols may follow, by the value being written + 1; one table for the text's last integer.
+        self._allowed = np.zeros((2, maximum + 2, 12), dtype=bool)
+        for value in range(-1, maximum + 1):
+            # A further digit must keep the integer in range; after a leading "0" nothing may follow.
+            for digit in range(10):
+                grown = 10 * max(value, 0) + digit
+                self._allowed[:, value + 1, self.digit_symbols[digit]] = value != 0 and grown <= maximum
+            self._allowed[0, value + 1, self.space] = self._allowed[1, value + 1, self.end] = value >= 0
 
-    def to(self, device: torch.device | str) -> "IntegerGrammar":
-        """Moves the two lookup tables (in place, as `nn.Module.to` does)."""
-        self.token_ids, self.digits = self.token_ids.to(device), self.digits.to(device)
-        return self
+    def allowed(self, text: Text) -> np.ndarray:
+        """Which symbols may follow an unfinished text, (12,) bool. At least one always may."""
+        return self._allowed[int(len(text.integers) == self.count - 1), text.value + 1]
 
-    def start(self, rows: int) -> GrammarState:
-        device = self.digits.device
-        zero = torch.zeros(rows, dtype=torch.int64, device=device)
-        return GrammarState(
-            zero, zero - 1, torch.full((rows, self.count), -1, dtype=torch.int64, device=device)
-        )
+    def forced(self, text: Text) -> int | None:
+        """The only symbol that may follow, or None if there is a choice."""
+        allowed = self.allowed(text)
+        return int(allowed.argmax()) if allowed.sum() == 1 else None
 
-    def allowed(self, state: GrammarState) -> Tensor:
-        """Which symbols may follow, (R, 12) bool. At least one always may; a finished row allows only the
-        end."""
-        value, digits = state.value[:, None], self.digits[None, :]
-        started = value >= 0
-        # A further digit d is allowed while 10·value + d stays in range; after a leading "0" nothing may
-        # follow.
-        extended = torch.where(started, 10 * value, 0) + digits
-        digit_ok = (
-            (digits >= 0) & (extended <= self.maximum) & (value != 0) & self._unfinished(state)[:, None]
-        )
-        last = (state.index >= self.count - 1)[:, None]
-        symbols = torch.arange(12, device=self.digits.device)[None, :]
-        space_ok = (symbols == self.space) & started & ~last
-        end_ok = (symbols == self.end) & last & (started | ~self._unfinished(state)[:, None])
-        return digit_ok | space_ok | end_ok
+    def write(self, text: Text, symbol: int) -> None:
+        """Appends an allowed symbol to the text, in place."""
+        digit = self._digits[symbol]
+        if digit >= 0:
+            text.value = 10 * max(text.value, 0) + digit
+        else:
+            text.integers.append(text.value)
+            text.value = -1
 
-    def advance(self, state: GrammarState, symbol: Tensor) -> GrammarState:
-        """State after each row wrote `symbol` (R,), which must be allowed. Finished rows stay as they are."""
-        digit = self.digits[symbol]
-        is_digit, unfinished = digit >= 0, self._unfinished(state)
-        completed = ~is_digit & unfinished
-        slot = state.index.clamp(max=self.count - 1)[:, None]
-        kept = state.integers.gather(1, slot)
-        integers = state.integers.scatter(
-            1, slot, torch.where(completed[:, None], state.value[:, None], kept)
-        )
-        value = torch.where(is_digit, state.value.clamp(min=0) * 10 + digit, -1)
-        return GrammarState(state.index + completed, value, integers)
+    def finished(self, text: Text) -> bool:
+        return len(text.integers) == self.count
 
-    def _unfinished(self, state: GrammarState) -> Tensor:
-        return state.index < self.count
+    def spell(self, integer: int, text: Text) -> list[int]:
+        """Symbols that complete the text's next integer as `integer`, which begins with what is written of
+        it, up to and including the separator."""
+        rest = str(integer)[len(str(text.value)) if text.value >= 0 else 0 :]
+        separator = self.end if len(text.integers) == self.count - 1 else self.space
+        return [*(self.digit_symbols[int(digit)] for digit in rest), separator]
+
+    def nearest(self, integer: int, value: int) -> int:
+        """The integer nearest to `integer`, in 0..maximum, that begins with the digits of `value` (-1:
+        none)."""
+        integer = min(max(integer, 0), self.maximum)
+        if value <= 0:
+            return integer if value < 0 else 0
+        best, scale = value, 1
+        while value * scale <= self.maximum:
+            candidate = min(max(integer, value * scale), value * scale + scale - 1, self.maximum)
+            if abs(candidate - integer) < abs(best - integer):
+                best = candidate
+            scale *= 10
+        return best

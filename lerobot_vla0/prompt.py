@@ -119,8 +119,8 @@ class ChatFormatter:
         return list(ids).count(self.processor.image_token_id) // self.num_pictures
 
     def inference_batch(self, instructions: list[str]) -> dict[str, Tensor]:
-        """Left-padded `input_ids` and `attention_mask`, (B, T) each: every row's next token is at the end."""
-        return self._pad([self.prompt_ids(t) for t in instructions], left=True)
+        """Right-padded `input_ids` and `attention_mask`, (B, T) each."""
+        return self._pad([self.prompt_ids(t) for t in instructions])
 
     def training_batch(
         self,
@@ -171,7 +171,7 @@ class ChatFormatter:
             rows.append(prompt + answer + tail)
             labels.append([IGNORE] * len(prompt) + target + tail)
             places.append([0] * len(prompt) + place + [0] * len(tail))
-        batch = self._pad(rows, left=False)
+        batch = self._pad(rows)
         width = batch["input_ids"].shape[1]
         batch["labels"] = torch.tensor([r + [IGNORE] * (width - len(r)) for r in labels])
         batch["places"] = torch.tensor([r + [0] * (width - len(r)) for r in places])
@@ -186,16 +186,10 @@ class ChatFormatter:
             if padded[number // self.dim]:
                 target[j] = IGNORE
 
-    def _pad(self, rows: list[list[int]], left: bool) -> dict[str, Tensor]:
+    def _pad(self, rows: list[list[int]]) -> dict[str, Tensor]:
         width = max(map(len, rows))
-        gaps = [width - len(r) for r in rows]
-        ids = [
-            [self.pad_id] * g + r if left else r + [self.pad_id] * g for g, r in zip(gaps, rows, strict=True)
-        ]
-        mask = [
-            [0] * g + [1] * len(r) if left else [1] * len(r) + [0] * g
-            for g, r in zip(gaps, rows, strict=True)
-        ]
+        ids = [r + [self.pad_id] * (width - len(r)) for r in rows]
+        mask = [[1] * len(r) + [0] * (width - len(r)) for r in rows]
         return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
 
 

@@ -73,11 +73,11 @@ def test_prompt_is_the_processors_own(qwen_processor):
         assert chat.prompt_ids(instruction) == list(own["input_ids"][0])
 
 
-def test_padding_sides(tiny_processor):
+def test_padding(tiny_processor):
     chat = make_chat(tiny_processor, horizon=1, dim=2, picture_size=(56, 56))
     short, long = "go", "put the black bowl on the plate next to the ramekin"
     acting = chat.inference_batch([short, long])
-    assert acting["attention_mask"][:, -1].tolist() == [1, 1] and acting["attention_mask"][0, 0] == 0
+    assert acting["attention_mask"][:, 0].tolist() == [1, 1] and acting["attention_mask"][0, -1] == 0
     assert acting["input_ids"][0, acting["attention_mask"][0] == 1].tolist() == chat.prompt_ids(short)
     training = chat.training_batch([short, long], torch.tensor([[[1, 2]], [[1000, 0]]]))
     assert training["attention_mask"][:, 0].tolist() == [1, 1] and training["attention_mask"][0, -1] == 0

@@ -27,7 +27,16 @@ from .report import compare, key_of, read_episodes, write_report
 
 PACKAGES = ("lerobot", "lerobot_policy_vla0", "transformers", "torch", "hf-libero", "robosuite", "mujoco")
 # Policy fields that only say where and how fast, not what.
-IGNORED_FIELDS = {"device", "pretrained_path", "compile_model", "push_to_hub", "repo_id", "private", "tags"}
+IGNORED_FIELDS = {
+    "device",
+    "pretrained_path",
+    "compile_model",
+    "draft_length",
+    "push_to_hub",
+    "repo_id",
+    "private",
+    "tags",
+}
 
 
 @dataclass
