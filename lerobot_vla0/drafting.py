@@ -35,7 +35,7 @@ class Drafter:
     def start(self) -> None:
         """Call before each answer."""
         self.revised: dict[int, int] = {}
-        self.current = self.length
+        self.current, self.bad_passes = self.length, 0
 
     def remember(self, integers: list[int], executed: int) -> None:
         """Keeps an answer of which `executed` timesteps will have been acted on when the next is asked
@@ -67,9 +67,11 @@ class Drafter:
             accepted: how many of them were right.
         """
         if self.adaptive and draft:
+            # One bad pass is normal: what was learnt from it makes the next one good.
+            self.bad_passes = self.bad_passes + 1 if 4 * accepted < len(draft) else 0
             if accepted == len(draft):
                 self.current = min(self.length, 2 * self.current)
-            elif 2 * accepted < len(draft):
+            elif self.bad_passes > 1:
                 self.current = max(1, self.current // 2)
         text, own = text.copy(), None
         for symbol, its in zip(draft, predicted, strict=True):
