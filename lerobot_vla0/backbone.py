@@ -128,13 +128,15 @@ def _attend(
     seen = torch.arange(cache.used, device=slots.device) <= slots[..., None]  # (R, k, used)
     mask = torch.zeros(seen.shape, dtype=embeddings.dtype, device=seen.device)
     mask = mask.masked_fill(~seen, torch.finfo(mask.dtype).min)[:, None]
-    return language_model(
-        inputs_embeds=embeddings,
-        position_ids=positions,
-        attention_mask={"full_attention": mask},
-        past_key_values=cache,
-        use_cache=True,
-    ).last_hidden_state
+    # compile_model compiles for training; here lengths change from call to call, and each would be compiled.
+    with torch.compiler.set_stance("force_eager"):
+        return language_model(
+            inputs_embeds=embeddings,
+            position_ids=positions,
+            attention_mask={"full_attention": mask},
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
 
 
 class PromptCache:

@@ -50,6 +50,15 @@ class VLA0Config(PreTrainedConfig):
     use_state: bool = False
     # 0 decodes greedily; above 0 samples from the allowed tokens at this temperature.
     temperature: float = 0.0
+    # Temporal ensembling: chunks averaged for one action, the newest included; 1 does not average. The
+    # paper's evaluation uses 8 with n_action_steps=1.
+    ensemble_size: int = 1
+    # Weight of an older chunk against 1 for the newest; 1.0 is the plain mean.
+    ensemble_weight: float = 0.5
+    # False: every older chunk counts ensemble_weight. True: ensemble_weight to the power of its age.
+    ensemble_exponential: bool = False
+    # Decode on between calls of `select_action`: the first action of a chunk leaves as soon as it is written.
+    stream: bool = False
     # Tokens guessed ahead and verified in one pass; changes the speed of acting, never the actions. None
     # adapts to how many are right; 0 guesses none (only tokens that the grammar forces ride along).
     draft_length: int | None = None
@@ -116,6 +125,14 @@ class VLA0Config(PreTrainedConfig):
         )
         self._check("num_bins", self.num_bins >= 2, "at least 2")
         self._check("temperature", self.temperature >= 0, "at least 0")
+        self._check("ensemble_size", self.ensemble_size >= 1, "at least 1")
+        self._check("ensemble_weight", 0 < self.ensemble_weight <= 1, "in (0, 1]")
+        if self.ensemble_size > 1 and self.n_action_steps == self.chunk_size:
+            raise ValueError(
+                f"ensemble_size={self.ensemble_size} has nothing to average: n_action_steps="
+                f"{self.n_action_steps} executes the whole chunk. Lower n_action_steps, for example to 1."
+            )
+        self._check("stream", not (self.stream and self.ensemble_size > 1), "False with ensemble_size > 1")
         self._check(
             "draft_length", self.draft_length is None or 0 <= self.draft_length <= 63, "None or in 0..63"
         )

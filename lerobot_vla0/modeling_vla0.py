@@ -7,6 +7,7 @@ backbone.py.
 
 import random
 from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,6 +24,7 @@ from .action_codec import ActionCodec
 from .checkpoints import VLM_FOLDER, check_checkpoint
 from .configuration_vla0 import VLA0Config
 from .drafting import Drafter
+from .ensembling import TemporalEnsembler
 from .grammar import IntegerGrammar
 from .images import prepare_images
 from .processor_vla0 import ACTION_CLIPPED
@@ -256,15 +258,24 @@ class VLA0Policy(PreTrainedPolicy):
     # ------------------------------------------------------------------------------------------------- acting
 
     def reset(self) -> None:
-        """Forgets the queued actions. Call at the start of every episode."""
-        self._queue: deque[Tensor] = deque(maxlen=self.config.n_action_steps)
+        """Forgets queued actions and earlier chunks. Call at the start of every episode."""
+        config = self.config
+        self._queue: deque[Tensor] = deque()
+        self._stream: Iterator[Tensor] = iter(())
         self._drafters: list[Drafter] = []
+        self._ensembler = TemporalEnsembler(
+            config.ensemble_size, config.ensemble_weight, config.ensemble_exponential
+        )
 
-    # compile_model compiles for training: a cache that grows by a token would be compiled again and again.
-    @torch.compiler.set_stance("force_eager")
     @torch.no_grad()
-    def _decode(self, batch: dict[str, Any], steps: int) -> Tensor:
-        """Bins (B, steps, D) as float32, of the first `steps` timesteps."""
+    def stream_action_chunk(self, batch: dict[str, Any], steps: int | None = None) -> Iterator[Tensor]:
+        """Yields timestep after timestep, bins (B, D) as float32, as soon as every row has written it.
+
+        Args:
+            batch: as for `predict_action_chunk`; images are read when the first timestep is asked for.
+            steps: timesteps to write; None writes all of the chunk.
+        """
+        steps = self.config.chunk_size if steps is None else steps
         training = self.training
         if training:
             self.eval()
@@ -275,7 +286,7 @@ class VLA0Policy(PreTrainedPolicy):
                 self.model, inputs, self.grammar.token_ids, self._room, self._prompt_prefix(inputs)
             )
             drafters = self._start_drafters(len(inputs["input_ids"]))
-            decoded = decoding.decode(
+            writing = decoding.decode_stream(
                 cache,
                 self.grammar,
                 len(drafters),
@@ -283,14 +294,19 @@ class VLA0Policy(PreTrainedPolicy):
                 drafters=drafters,
                 temperature=self.config.temperature,
             )
+            given = 0
+            for decoded in writing:
+                integers = decoded.integers
+                while given < steps and all(len(row) >= (given + 1) * self.action_dim for row in integers):
+                    step = [row[given * self.action_dim :][: self.action_dim] for row in integers]
+                    yield torch.tensor(step, dtype=torch.float32, device=inputs["input_ids"].device)
+                    given += 1
         finally:
             if training:
                 self.train()
-        answers = [integers[: steps * self.action_dim] for integers in decoded.integers]
-        for drafter, answer in zip(drafters, answers, strict=True):
-            drafter.remember(answer, executed=min(steps, self.config.n_action_steps))
-        bins = torch.tensor(answers, dtype=torch.float32, device=inputs["input_ids"].device)
-        return bins.view(-1, steps, self.action_dim)
+        for drafter, answer in zip(drafters, integers, strict=True):
+            executed = min(steps, self.config.n_action_steps)
+            drafter.remember(answer[: steps * self.action_dim], executed)
 
     def _start_drafters(self, rows: int) -> list[Drafter]:
         """One per environment; they remember the last chunk until `reset`. Memory changes the speed only."""
@@ -324,15 +340,30 @@ class VLA0Policy(PreTrainedPolicy):
     @torch.compiler.disable
     def predict_action_chunk(self, batch: dict[str, Any], **kwargs: Any) -> Tensor:
         """Actions as bins 0..num_bins, float32 (B, chunk_size, D); the postprocessor turns them into
-        commands."""
-        return self._decode(batch, self.config.chunk_size)
+        commands. Of this observation alone: never averaged with earlier chunks."""
+        return torch.stack(list(self.stream_action_chunk(batch)), dim=1)
 
     @torch.compiler.disable
     def select_action(self, batch: dict[str, Any], **kwargs: Any) -> Tensor:
-        """The next action as bins, float32 (B, D). Decodes `n_action_steps` timesteps when its queue is
-        empty."""
+        """The next action as bins, float32 (B, D).
+
+        Looks at the batch when `n_action_steps` actions of the last look are used up, and writes no more of a
+        chunk than will be used.
+        """
+        config = self.config
+        if config.stream:
+            action = next(self._stream, None)
+            if action is None:
+                self._stream = self.stream_action_chunk(batch, config.n_action_steps)
+                action = next(self._stream)
+            return action
         if not self._queue:
-            self._queue.extend(self._decode(batch, self.config.n_action_steps).unbind(1))
+            # Later chunks are averaged with what this one says about their timesteps.
+            steps = min(config.chunk_size, config.n_action_steps * config.ensemble_size)
+            chunk = torch.stack(list(self.stream_action_chunk(batch, steps)), dim=1)
+            if config.ensemble_size > 1:
+                chunk = self._ensembler.add(chunk, executed=config.n_action_steps)
+            self._queue.extend(chunk[:, : config.n_action_steps].unbind(1))
         return self._queue.popleft()
 
     # -------------------------------------------------------------------------------------------- checkpoints

@@ -99,6 +99,14 @@ def observation(batch: dict, rows: slice = slice(None)) -> dict:
     return {k: v[rows] for k, v in batch.items() if k.startswith("observation") or k == "task"}
 
 
+def randomise(policy, seed: int = 1) -> None:
+    """Larger random weights, so that the decoded text depends on everything."""
+    torch.manual_seed(seed)
+    for parameter in policy.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+
+
 @pytest.fixture
 def policy(tiny_vlm):
     from lerobot_vla0.modeling_vla0 import VLA0Policy

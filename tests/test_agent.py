@@ -1,17 +1,14 @@
 import numpy as np
 import pytest
 import torch
-from conftest import make_batch, observation
+from conftest import make_batch, observation, randomise
 
 import lerobot_vla0
 
 
 @pytest.fixture
 def checkpoint(policy, processors, tmp_path):
-    torch.manual_seed(0)
-    for parameter in policy.parameters():
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=0.2)
+    randomise(policy)
     policy.save_pretrained(tmp_path)
     for processor in processors:
         processor.save_pretrained(tmp_path)
@@ -49,7 +46,9 @@ def test_equals_the_policy_with_its_processors(checkpoint, policy, processors):
 
 def test_overrides(checkpoint):
     agent = lerobot_vla0.Agent.from_pretrained(checkpoint, device="cpu", n_action_steps=2)
-    assert agent.policy.config.n_action_steps == 2 and agent.policy._queue.maxlen == 2
+    batch = observation(make_batch(rows=1))
+    agent.act({"pixels": images(batch), "agent_pos": batch["observation.state"].numpy()}, batch["task"])
+    assert agent.policy.config.n_action_steps == 2 and len(agent.policy._queue) == 1
 
 
 def test_images_in_the_wrong_form(checkpoint):

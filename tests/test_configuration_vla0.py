@@ -39,6 +39,9 @@ def test_round_trip(tmp_path):
         ("n_action_steps", 9, "1..chunk_size \\(8\\)"),
         ("num_bins", 1, "at least 2"),
         ("temperature", -1.0, "at least 0"),
+        ("draft_length", -1, "None or in 0..63"),
+        ("ensemble_size", 0, "at least 1"),
+        ("ensemble_weight", 0.0, "in \\(0, 1\\]"),
         ("cameras", [], "list of different image keys"),
         ("cameras", ["a", "a"], "list of different image keys"),
         ("image_size", 0, "at least 1 pixel"),
@@ -54,6 +57,14 @@ def test_errors_name_field_value_and_what_is_allowed(field, value, allowed):
     shown = repr(value).replace("[", "\\[").replace("]", "\\]")
     with pytest.raises(ValueError, match=f"{field}={shown} is not allowed: it must be .*{allowed}"):
         VLA0Config(device="cpu", **{field: value})
+
+
+def test_ensembling_needs_overlap():
+    with pytest.raises(ValueError, match="ensemble_size=8 has nothing to average: n_action_steps=8"):
+        VLA0Config(device="cpu", ensemble_size=8)
+    assert VLA0Config(device="cpu", ensemble_size=8, n_action_steps=7).ensemble_size == 8
+    with pytest.raises(ValueError, match="stream=True is not allowed: it must be False with ensemble_size"):
+        VLA0Config(device="cpu", ensemble_size=8, n_action_steps=1, stream=True)
 
 
 @pytest.mark.parametrize("kind", ["ACTION", "STATE", "VISUAL"])

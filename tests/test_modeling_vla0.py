@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_batch, make_config, make_stats, observation
+from conftest import make_batch, make_config, make_stats, observation, randomise
 from lerobot.configs import FeatureType, PolicyFeature
 
 from lerobot_vla0.modeling_vla0 import VLA0Policy
@@ -178,14 +178,6 @@ def test_random_weights_give_valid_chunks(policy, processors):
         assert actions.abs().max() <= 1.0 + 1e-6
 
 
-def randomise(policy, seed: int = 1) -> None:
-    """Larger random weights, so that the decoded text depends on everything."""
-    torch.manual_seed(seed)
-    for parameter in policy.parameters():
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=0.2)
-
-
 def test_batch_of_different_prompts_equals_one_by_one(policy, processors):
     randomise(policy)
     batch = observation(processors[0](make_batch(rows=4)))
@@ -221,6 +213,44 @@ def test_decodes_only_the_timesteps_it_needs(tiny_vlm, processors):
         passes[steps] = count[0]
     # At most three passes an integer (the separator is forced), and one for the prompt's first words.
     assert passes[1] <= 1 + 7 * 4 < passes[8] <= 1 + 56 * 4
+
+
+def test_streaming_gives_the_chunk(policy, processors):
+    batch = observation(processors[0](make_batch(rows=2)))
+    chunk = policy.predict_action_chunk(batch)
+    passes = [0]
+    policy.model.model.language_model.register_forward_hook(lambda *_: passes.__setitem__(0, passes[0] + 1))
+    seen = []
+    for step, action in enumerate(policy.stream_action_chunk(batch)):
+        assert torch.equal(action, chunk[:, step])
+        seen.append(passes[0])
+    assert len(seen) == 8 and seen[0] < seen[-1] / 2  # the first timestep does not wait for the last
+
+
+def test_select_action_can_stream(tiny_vlm, processors):
+    """The same actions; each call decodes only as far as the action that it gives."""
+    batches = [observation(processors[0](make_batch(rows=1, seed=seed))) for seed in range(6)]
+    actions = {}
+    for stream in (False, True):
+        policy = VLA0Policy(make_config(tiny_vlm, stream=stream, n_action_steps=3)).eval()
+        actions[stream] = [policy.select_action(batch) for batch in batches]
+    assert all(torch.equal(a, b) for a, b in zip(actions[False], actions[True], strict=True))
+
+
+def test_temporal_ensembling(tiny_vlm, processors):
+    """Two actions a look, averaged with the two looks before: against the chunks of each look alone."""
+    config = make_config(tiny_vlm, n_action_steps=2, ensemble_size=3, ensemble_weight=0.5)
+    policy = VLA0Policy(config).eval()
+    batches = [observation(processors[0](make_batch(rows=2, seed=seed))) for seed in range(3)]
+    chunks = [policy.predict_action_chunk(batch) for batch in batches]
+    policy.reset()
+    actions = [policy.select_action(batch) for batch in batches for _ in range(2)]
+    third = (chunks[2][:, 0] + 0.5 * chunks[1][:, 2] + 0.5 * chunks[0][:, 4]) / 2
+    assert torch.equal(actions[0], chunks[0][:, 0])
+    assert torch.allclose(actions[3], (chunks[1][:, 1] + 0.5 * chunks[0][:, 3]) / 1.5)
+    assert torch.allclose(actions[4], third)
+    policy.reset()
+    assert torch.equal(policy.select_action(batches[1]), chunks[1][:, 0])
 
 
 def test_generation_config_of_the_base_model_has_no_influence(policy, processors):
