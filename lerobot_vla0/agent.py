@@ -56,9 +56,13 @@ class Agent:
         )
         return cls(policy, *processors)
 
-    def reset(self) -> None:
-        """Forgets queued actions. Call at the start of every episode."""
-        self.policy.reset()
+    def reset(self, rows: list[int] | None = None) -> None:
+        """Forgets queued actions. Call at the start of every episode.
+
+        Args:
+            rows: of a vector of environments, those whose episodes begin; None for all.
+        """
+        self.policy.reset(rows)
 
     @torch.inference_mode()
     def act(self, observation: dict[str, Any], task: str | list[str]) -> np.ndarray:

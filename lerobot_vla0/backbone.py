@@ -128,15 +128,22 @@ def _attend(
     seen = torch.arange(cache.used, device=slots.device) <= slots[..., None]  # (R, k, used)
     mask = torch.zeros(seen.shape, dtype=embeddings.dtype, device=seen.device)
     mask = mask.masked_fill(~seen, torch.finfo(mask.dtype).min)[:, None]
-    # compile_model compiles for training; here lengths change from call to call, and each would be compiled.
-    with torch.compiler.set_stance("force_eager"):
-        return language_model(
-            inputs_embeds=embeddings,
-            position_ids=positions,
-            attention_mask={"full_attention": mask},
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state
+    # Flash attention takes no mask that differs from row to row; the loss in speed is small at these lengths.
+    chosen = language_model.config._attn_implementation
+    language_model.config._attn_implementation = "eager" if chosen == "eager" else "sdpa"
+    try:
+        # compile_model compiles for training; here lengths change from call to call, and each would be
+        # compiled.
+        with torch.compiler.set_stance("force_eager"):
+            return language_model(
+                inputs_embeds=embeddings,
+                position_ids=positions,
+                attention_mask={"full_attention": mask},
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state
+    finally:
+        language_model.config._attn_implementation = chosen
 
 
 class PromptCache:
@@ -167,6 +174,7 @@ class PromptCache:
         self.lengths = inputs["attention_mask"].sum(1)  # (R,) slots that hold for good
         self.skipped = prefix[0][0].shape[2] if prefix else 0
         self.cache = _RowCache(inputs["input_ids"].shape[1] + room, prefix)
+        self.rows = list(range(len(self.lengths)))  # those in the cache; finished ones leave it
 
     def start(self, drafts: list[list[int]]) -> np.ndarray:
         ids, device = self.inputs["input_ids"], self.head.device
@@ -207,12 +215,21 @@ class PromptCache:
     def extend(self, kept: list[int], tokens: list[list[int]]) -> np.ndarray:
         device = self.head.device
         self.lengths = self.lengths + torch.tensor(kept, device=device)
+        unfinished = [row for row in self.rows if tokens[row]]
+        # Taking rows out of the cache copies it: worth it when it makes every further pass clearly smaller.
+        if len(unfinished) <= 0.75 * len(self.rows):
+            self.cache.take([self.rows.index(row) for row in unfinished])
+            self.rows = unfinished
         width = max(map(len, tokens))
-        ids = torch.tensor([t + [0] * (width - len(t)) for t in tokens], device=device)
-        slots = self.lengths[:, None] + torch.arange(width, device=device)
-        positions = (slots + self.delta).expand(3, -1, -1)  # time, height and width advance together in text
+        ids = torch.tensor([tokens[r] + [0] * (width - len(tokens[r])) for r in self.rows], device=device)
+        slots = self.lengths[self.rows, None] + torch.arange(width, device=device)
+        # Time, height and width advance together in text.
+        positions = (slots + self.delta[self.rows]).expand(3, -1, -1)
         embeddings = self.language_model.embed_tokens(ids)
-        return self._logits(_attend(self.language_model, self.cache, embeddings, positions, slots))
+        logits = self._logits(_attend(self.language_model, self.cache, embeddings, positions, slots))
+        scattered = np.zeros((len(tokens), *logits.shape[1:]), dtype=logits.dtype)
+        scattered[self.rows] = logits
+        return scattered
 
     def _logits(self, hidden: Tensor) -> np.ndarray:
         return nn.functional.linear(hidden, self.head).float().cpu().numpy()
@@ -245,6 +262,10 @@ class _RowCache:
         for buffer, new in zip(self.layers[layer], (keys, values), strict=True):
             buffer[batch, :, self.slots] = new.transpose(1, 2)
         return tuple(buffer[:, :, : self.used] for buffer in self.layers[layer])
+
+    def take(self, rows: list[int]) -> None:
+        """Keeps these rows only."""
+        self.layers = [(keys[rows], values[rows]) for keys, values in self.layers]
 
     def get_seq_length(self, layer: int = 0) -> int:
         return self.used

@@ -22,11 +22,14 @@ COMMANDS = {
         "libero.evaluate", "EvalConfig", "evaluate", "evaluate a policy on LIBERO as the paper does"
     ),
     "record": Command("libero.record", "RecordConfig", "record", "record episodes of a scripted expert"),
+    "bench decode": Command(
+        "bench_decode", "BenchDecodeConfig", "bench_decode", "measure decoding against Transformers' generate"
+    ),
     "curve": Command("curve", "CurveConfig", "plot_curve", "plot the loss curve of a lerobot-train log"),
     "tiny-vlm": Command("tiny_vlm", "TinyVLMConfig", "make_tiny_vlm", "write a small random Qwen2.5-VL"),
 }
 USAGE = "usage: lerobot-vla0 COMMAND [--option=value ...]\n\ncommands:\n" + "\n".join(
-    f"  {name:10} {command.help}" for name, command in COMMANDS.items()
+    f"  {name:12} {command.help}" for name, command in COMMANDS.items()
 )
 
 
@@ -36,13 +39,14 @@ def main(argv: list[str] | None = None) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         print(f"{USAGE}\n\n`lerobot-vla0 COMMAND --help` lists a command's options.")
         return
-    if argv[0] not in COMMANDS:
-        sys.exit(f"lerobot-vla0: unknown command {argv[0]!r}\n{USAGE}")
-    command = COMMANDS[argv[0]]
+    name = next((n for n in COMMANDS if argv[: len(n.split())] == n.split()), None)
+    if name is None:
+        sys.exit(f"lerobot-vla0: unknown command {' '.join(argv[:2])!r}\n{USAGE}")
+    command, options = COMMANDS[name], argv[len(name.split()) :]
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     module = import_module(f"lerobot_vla0.{command.module}")
     try:
-        config = _parse(getattr(module, command.config), f"lerobot-vla0 {argv[0]}", argv[1:])
+        config = _parse(getattr(module, command.config), f"lerobot-vla0 {name}", options)
         getattr(module, command.function)(config)
     except (
         DraccusException,
@@ -52,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
         ImportError,
         RuntimeError,
     ) as error:
-        sys.exit(f"lerobot-vla0 {argv[0]}: {error}")
+        sys.exit(f"lerobot-vla0 {name}: {error}")
 
 
 def _parse(config_class: type, prog: str, args: list[str]) -> object:

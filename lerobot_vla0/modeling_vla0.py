@@ -31,6 +31,26 @@ from .processor_vla0 import ACTION_CLIPPED
 from .prompt import IGNORE, ChatFormatter
 
 
+class Environment:
+    """What the policy remembers of one environment of a batch of `rows`."""
+
+    def __init__(self, policy: "VLA0Policy", rows: int) -> None:
+        config = policy.config
+        self.queue: deque[Tensor] = deque()  # actions (D,) to be executed
+        self.ensembler = TemporalEnsembler(
+            config.ensemble_size, config.ensemble_weight, config.ensemble_exponential
+        )
+        length = config.draft_length
+        if length is None:
+            # Measured (README): on a CPU a pass over 16 tokens costs clearly more than one over a single
+            # token, on a GPU about the same.
+            length = 31 if policy.model.device.type == "cuda" else 15
+        # The last chunk changes the speed only.
+        self.drafter = Drafter(
+            policy.grammar, policy.action_dim, length, adaptive=config.draft_length is None
+        )
+
+
 class VLA0Policy(PreTrainedPolicy):
     """Qwen2.5-VL, unmodified, that writes the next `chunk_size` actions as text.
 
@@ -110,10 +130,8 @@ class VLA0Policy(PreTrainedPolicy):
 
     # ------------------------------------------------------------------------------------------------- inputs
 
-    def _pictures(self, batch: dict[str, Any], generator: torch.Generator | None) -> Tensor:
-        """uint8 (B, N, 3, H, W) from the batch's camera images, augmented if a generator is given."""
-        config, keys = self.config, self.config.camera_keys
-        missing = [key for key in keys if key not in batch]
+    def _rows(self, batch: dict[str, Any]) -> int:
+        missing = [key for key in self.config.camera_keys if key not in batch]
         if missing:
             present = sorted(key for key in batch if key.startswith("observation.image"))
             raise ValueError(
@@ -121,6 +139,17 @@ class VLA0Policy(PreTrainedPolicy):
                 "--rename_map, or train on the cameras that the robot or environment has "
                 "(--policy.cameras)."
             )
+        if "task" not in batch:
+            raise ValueError(
+                "the batch has no 'task': VLA-0 needs one instruction per row. Use a data set whose "
+                "episodes have tasks, or add batch['task'] = [instruction, ...]."
+            )
+        return len(batch[self.config.camera_keys[0]])
+
+    def _pictures(self, batch: dict[str, Any], generator: torch.Generator | None) -> Tensor:
+        """uint8 (B, N, 3, H, W) from the batch's camera images, augmented if a generator is given."""
+        config, keys = self.config, self.config.camera_keys
+        self._rows(batch)
         for key in keys:
             if batch[key].ndim != 4 or batch[key].shape[1] != 3 or not batch[key].is_floating_point():
                 raise ValueError(
@@ -143,13 +172,8 @@ class VLA0Policy(PreTrainedPolicy):
         )
 
     def _instructions(self, batch: dict[str, Any]) -> list[str]:
-        if "task" not in batch:
-            raise ValueError(
-                "the batch has no 'task': VLA-0 needs one instruction per row. Use a data set whose "
-                "episodes have tasks, or add batch['task'] = [instruction, ...]."
-            )
+        rows = self._rows(batch)
         tasks = [batch["task"]] if isinstance(batch["task"], str) else list(batch["task"])
-        rows = len(batch[self.config.camera_keys[0]])
         if len(tasks) != rows:
             raise ValueError(f"the batch has {rows} images but {len(tasks)} tasks: {tasks[:3]}.")
         if self.config.use_state:
@@ -257,15 +281,25 @@ class VLA0Policy(PreTrainedPolicy):
 
     # ------------------------------------------------------------------------------------------------- acting
 
-    def reset(self) -> None:
-        """Forgets queued actions and earlier chunks. Call at the start of every episode."""
-        config = self.config
-        self._queue: deque[Tensor] = deque()
+    def reset(self, rows: list[int] | None = None) -> None:
+        """Forgets queued actions and earlier chunks. Call at the start of every episode.
+
+        Args:
+            rows: of a batch of environments, those whose episodes begin; None for all. The others go on
+                undisturbed, except with `stream`, where all rows are written together and look again.
+        """
         self._stream: Iterator[Tensor] = iter(())
-        self._drafters: list[Drafter] = []
-        self._ensembler = TemporalEnsembler(
-            config.ensemble_size, config.ensemble_weight, config.ensemble_exponential
-        )
+        if rows is None:
+            self._environments: list[Environment] = []
+        for row in rows or []:
+            self._environments[row] = Environment(self, len(self._environments))
+
+    def _environments_of(self, batch: dict[str, Any]) -> list["Environment"]:
+        rows = self._rows(batch)
+        if len(self._environments) != rows:
+            self.reset()
+            self._environments = [Environment(self, rows) for _ in range(rows)]
+        return self._environments
 
     @torch.no_grad()
     def stream_action_chunk(self, batch: dict[str, Any], steps: int | None = None) -> Iterator[Tensor]:
@@ -276,6 +310,12 @@ class VLA0Policy(PreTrainedPolicy):
             steps: timesteps to write; None writes all of the chunk.
         """
         steps = self.config.chunk_size if steps is None else steps
+        yield from self._write(batch, steps, self._environments_of(batch))
+
+    def _write(
+        self, batch: dict[str, Any], steps: int, environments: list["Environment"]
+    ) -> Iterator[Tensor]:
+        """The timesteps of chunks, (rows, D) each, one row per environment."""
         training = self.training
         if training:
             self.eval()
@@ -285,7 +325,10 @@ class VLA0Policy(PreTrainedPolicy):
             cache = backbone.PromptCache(
                 self.model, inputs, self.grammar.token_ids, self._room, self._prompt_prefix(inputs)
             )
-            drafters = self._start_drafters(len(inputs["input_ids"]))
+            drafters = [environment.drafter for environment in environments]
+            for drafter in drafters:
+                # Samples would depend on what was drafted before, not on the seed alone.
+                drafter.start() if self.config.temperature == 0 else drafter.reset()
             writing = decoding.decode_stream(
                 cache,
                 self.grammar,
@@ -307,22 +350,6 @@ class VLA0Policy(PreTrainedPolicy):
         for drafter, answer in zip(drafters, integers, strict=True):
             executed = min(steps, self.config.n_action_steps)
             drafter.remember(answer[: steps * self.action_dim], executed)
-
-    def _start_drafters(self, rows: int) -> list[Drafter]:
-        """One per environment; they remember the last chunk until `reset`. Memory changes the speed only."""
-        if len(self._drafters) != rows:
-            length, fixed = self.config.draft_length, self.config.draft_length is not None
-            if length is None:
-                # Measured (README): on a CPU a pass over 16 tokens costs clearly more than one over a single
-                # token, on a GPU about the same.
-                length = 31 if self.model.device.type == "cuda" else 15
-            self._drafters = [
-                Drafter(self.grammar, self.action_dim, length, adaptive=not fixed) for _ in range(rows)
-            ]
-        for drafter in self._drafters:
-            # Samples would depend on what was drafted before, not on the seed alone.
-            drafter.start() if self.config.temperature == 0 else drafter.reset()
-        return self._drafters
 
     def _prompt_prefix(self, inputs: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
         """Keys and values of what every prompt begins with, the words before the first picture; kept until
@@ -350,21 +377,26 @@ class VLA0Policy(PreTrainedPolicy):
         Looks at the batch when `n_action_steps` actions of the last look are used up, and writes no more of a
         chunk than will be used.
         """
-        config = self.config
+        config, environments = self.config, self._environments_of(batch)
         if config.stream:
             action = next(self._stream, None)
             if action is None:
-                self._stream = self.stream_action_chunk(batch, config.n_action_steps)
+                self._stream = self._write(batch, config.n_action_steps, environments)
                 action = next(self._stream)
             return action
-        if not self._queue:
+        # After a reset of some rows, they look again at other times than the rest.
+        rows = [row for row, environment in enumerate(environments) if not environment.queue]
+        if rows:
+            tasks = [batch["task"]] if isinstance(batch["task"], str) else batch["task"]
+            looks = {key: batch[key][rows] for key in (*config.camera_keys, OBS_STATE) if key in batch}
+            looks["task"] = [tasks[row] for row in rows]
             # Later chunks are averaged with what this one says about their timesteps.
             steps = min(config.chunk_size, config.n_action_steps * config.ensemble_size)
-            chunk = torch.stack(list(self.stream_action_chunk(batch, steps)), dim=1)
-            if config.ensemble_size > 1:
-                chunk = self._ensembler.add(chunk, executed=config.n_action_steps)
-            self._queue.extend(chunk[:, : config.n_action_steps].unbind(1))
-        return self._queue.popleft()
+            chunks = torch.stack(list(self._write(looks, steps, [environments[row] for row in rows])), dim=1)
+            for row, chunk in zip(rows, chunks, strict=True):
+                average = environments[row].ensembler.add(chunk, executed=config.n_action_steps)
+                environments[row].queue.extend(average[: config.n_action_steps])
+        return torch.stack([environment.queue.popleft() for environment in environments])
 
     # -------------------------------------------------------------------------------------------- checkpoints
 

@@ -6,6 +6,7 @@ tokenised are Qwen2.5-VL's, only the sizes are not.
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -66,15 +67,7 @@ def make_tiny_vlm(config: TinyVLMConfig) -> Path:
         ValueError: sizes that do not fit together.
     """
     # Imported here: transformers takes seconds, and `lerobot-vla0 --help` must not.
-    from transformers import (
-        GenerationConfig,
-        PreTrainedTokenizerFast,
-        Qwen2_5_VLConfig,
-        Qwen2_5_VLForConditionalGeneration,
-        Qwen2_5_VLProcessor,
-        Qwen2VLImageProcessor,
-        Qwen2VLVideoProcessor,
-    )
+    from transformers import GenerationConfig, Qwen2_5_VLForConditionalGeneration
 
     out = Path(config.out)
     if out.is_dir() and any(out.iterdir()):
@@ -86,6 +79,47 @@ def make_tiny_vlm(config: TinyVLMConfig) -> Path:
         raise ValueError(
             f"hidden_size={config.hidden_size} must be num_heads ({config.num_heads}) times a multiple of 16."
         )
+    processor = make_processor()
+    tokenizer = processor.tokenizer
+    if config.vocab_size < len(tokenizer):
+        raise ValueError(f"vocab_size={config.vocab_size} must be at least {len(tokenizer)}.")
+    vlm_config = make_config(
+        processor,
+        text={
+            "vocab_size": config.vocab_size,
+            "hidden_size": config.hidden_size,
+            "intermediate_size": 4 * config.hidden_size,
+            "num_hidden_layers": config.num_layers,
+            "num_attention_heads": config.num_heads,
+            "num_key_value_heads": max(1, config.num_heads // 2),
+        },
+        vision={
+            "depth": config.vision_layers,
+            "hidden_size": config.vision_hidden_size,
+            "intermediate_size": 4 * config.vision_hidden_size,
+            "num_heads": max(1, config.vision_hidden_size // 32),
+            "fullatt_block_indexes": [config.vision_layers - 1],
+        },
+    )
+    torch.manual_seed(config.seed)
+    model = Qwen2_5_VLForConditionalGeneration(vlm_config)
+    # What Qwen2.5-VL ships with; decoding must not care.
+    model.generation_config = GenerationConfig(do_sample=True, temperature=1e-6, repetition_penalty=1.05)
+    model.save_pretrained(out)
+    processor.save_pretrained(out)
+    print(f"Wrote a Qwen2.5-VL with {model.num_parameters() / 1e6:.1f} million random parameters to {out}")
+    return out
+
+
+def make_processor() -> Any:
+    """Qwen2.5-VL's processor around a small tokenizer."""
+    from transformers import (
+        PreTrainedTokenizerFast,
+        Qwen2_5_VLProcessor,
+        Qwen2VLImageProcessor,
+        Qwen2VLVideoProcessor,
+    )
+
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=_train_tokenizer(),
         eos_token="<|im_end|>",
@@ -94,20 +128,25 @@ def make_tiny_vlm(config: TinyVLMConfig) -> Path:
         chat_template=CHAT_TEMPLATE,
         model_max_length=32768,
     )
-    if config.vocab_size < len(tokenizer):
-        raise ValueError(f"vocab_size={config.vocab_size} must be at least {len(tokenizer)}.")
-    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
+    return Qwen2_5_VLProcessor(
+        image_processor=Qwen2VLImageProcessor(),
+        tokenizer=tokenizer,
+        video_processor=Qwen2VLVideoProcessor(),
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def make_config(processor: Any, text: dict[str, Any], vision: dict[str, Any]) -> Any:
+    """Qwen2_5_VLConfig of the given sizes, with the token ids of `make_processor`'s tokenizer."""
+    from transformers import Qwen2_5_VLConfig
+
+    ids = {token: processor.tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
+    head_dim = text["hidden_size"] // text["num_attention_heads"]
     # Multimodal RoPE splits half a head's dimensions among time, height and width, 1 : 1.5 : 1.5 as in
     # Qwen2.5-VL.
     section = [head_dim // 8, head_dim * 3 // 16, head_dim * 3 // 16]
-    vlm_config = Qwen2_5_VLConfig(
+    return Qwen2_5_VLConfig(
         text_config={
-            "vocab_size": config.vocab_size,
-            "hidden_size": config.hidden_size,
-            "intermediate_size": 4 * config.hidden_size,
-            "num_hidden_layers": config.num_layers,
-            "num_attention_heads": config.num_heads,
-            "num_key_value_heads": max(1, config.num_heads // 2),
             "max_position_embeddings": 32768,
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": section},
             "tie_word_embeddings": True,
@@ -115,15 +154,12 @@ def make_tiny_vlm(config: TinyVLMConfig) -> Path:
             "bos_token_id": ids["<|endoftext|>"],
             "eos_token_id": ids["<|im_end|>"],
             "pad_token_id": None,
+            **text,
         },
         vision_config={
-            "depth": config.vision_layers,
-            "hidden_size": config.vision_hidden_size,
-            "intermediate_size": 4 * config.vision_hidden_size,
-            "num_heads": max(1, config.vision_hidden_size // 32),
-            "out_hidden_size": config.hidden_size,
-            "fullatt_block_indexes": [config.vision_layers - 1],
+            "out_hidden_size": text["hidden_size"],
             "initializer_range": INITIALIZER_RANGE,
+            **vision,
         },
         image_token_id=ids["<|image_pad|>"],
         video_token_id=ids["<|video_pad|>"],
@@ -132,20 +168,6 @@ def make_tiny_vlm(config: TinyVLMConfig) -> Path:
         initializer_range=INITIALIZER_RANGE,
         tie_word_embeddings=True,
     )
-    torch.manual_seed(config.seed)
-    model = Qwen2_5_VLForConditionalGeneration(vlm_config)
-    # What Qwen2.5-VL ships with; decoding must not care.
-    model.generation_config = GenerationConfig(do_sample=True, temperature=1e-6, repetition_penalty=1.05)
-    processor = Qwen2_5_VLProcessor(
-        image_processor=Qwen2VLImageProcessor(),
-        tokenizer=tokenizer,
-        video_processor=Qwen2VLVideoProcessor(),
-        chat_template=CHAT_TEMPLATE,
-    )
-    model.save_pretrained(out)
-    processor.save_pretrained(out)
-    print(f"Wrote a Qwen2.5-VL with {model.num_parameters() / 1e6:.1f} million random parameters to {out}")
-    return out
 
 
 def _train_tokenizer() -> Tokenizer:

@@ -253,6 +253,26 @@ def test_temporal_ensembling(tiny_vlm, processors):
     assert torch.equal(policy.select_action(batches[1]), chunks[1][:, 0])
 
 
+@pytest.mark.parametrize("settings", [{"n_action_steps": 3}, {"n_action_steps": 2, "ensemble_size": 4}])
+def test_reset_of_one_environment_does_not_touch_another(settings, tiny_vlm, processors):
+    """Its episode begins afresh in the middle of the other's chunk, each as if it were alone."""
+    policy = VLA0Policy(make_config(tiny_vlm, **settings)).eval()
+    batches = [observation(processors[0](make_batch(rows=2, seed=seed))) for seed in range(8)]
+
+    def alone(row: int, steps: range) -> list[torch.Tensor]:
+        policy.reset()
+        rows = [{k: v[row : row + 1] for k, v in batches[step].items()} for step in steps]
+        return [policy.select_action(batch)[0] for batch in rows]
+
+    expected = [alone(0, range(8)), alone(1, range(4)) + alone(1, range(4, 8))]
+    policy.reset()
+    for step, batch in enumerate(batches):
+        if step == 4:
+            policy.reset(rows=[1])
+        action = policy.select_action(batch)
+        assert torch.equal(action, torch.stack([expected[0][step], expected[1][step]]))
+
+
 def test_generation_config_of_the_base_model_has_no_influence(policy, processors):
     batch = observation(processors[0](make_batch()))
     assert policy.model.generation_config.repetition_penalty == 1.05  # what Qwen2.5-VL ships with
@@ -280,7 +300,7 @@ def test_acting_leaves_training_mode_and_gradients_alone(policy, processors):
     batch = processors[0](make_batch(rows=1))
     policy.train()
     policy.select_action(observation(batch))
-    assert policy.training and not policy._queue[0].requires_grad
+    assert policy.training and not policy._environments[0].queue[0].requires_grad
     policy(batch)[0].backward()
 
 
