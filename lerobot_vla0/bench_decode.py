@@ -80,7 +80,7 @@ WORKLOADS = {
 }
 # Added to the logit of the token that is to be said.
 BIAS = 1e4
-# Tokens that prompt lookup proposes at once (the best of 8, 16, 32 is yet to be measured here).
+# Tokens that prompt lookup proposes at once.
 PROMPT_LOOKUP_TOKENS = 16
 
 
@@ -166,7 +166,7 @@ def bench_decode(config: BenchDecodeConfig) -> dict[str, Any]:
                     runs[workload, mode].append([])
                 for batch in batches:
                     for mode in modes:
-                        bar.set_postfix(workload=workload, mode=mode)
+                        bar.set_postfix(workload=workload, mode=mode, refresh=False)
                         masked = workload in ("recorded_masked", "replanned")
                         run = _run(policy, mode, batch, masked, config.draft_length)
                         runs[workload, mode][-1].append(run)

@@ -6,10 +6,15 @@ with masked actions hardly looks at its own numbers, so what it predicts *behind
 it will predict once the guess is corrected (Jacobi refinement).
 """
 
+from collections import deque
+from collections.abc import Collection
+
 from .grammar import IntegerGrammar, Text
 
-# A candidate's starting penalty, before this chunk has shown which one fits (previous chunk, copy, linear).
-PRIOR = {"previous": 0.3, "copy": 0.5, "linear": 0.7}
+# A candidate's starting penalty, before this chunk has shown which one fits (the model's own, previous chunk,
+# copy, linear).
+PRIOR = {"own": 0.0, "previous": 0.3, "copy": 0.5, "linear": 0.7}
+OWN = 0.7  # the model's own are better than their record: it grows while drafts are wrong
 LOOK_BACK = 3  # timesteps over which candidates are compared
 
 
@@ -34,7 +39,10 @@ class Drafter:
 
     def start(self) -> None:
         """Call before each answer."""
-        self.revised: dict[int, int] = {}
+        self.revised: dict[int, int] = {}  # the model's own predictions of coming integers
+        self.behind: dict[int, int] = {}  # those of them that it made behind a wrong guess, until known
+        self.certain = -1  # the integer whose first digits are sure, by the last pass
+        self.own_errors: deque[float] = deque(maxlen=LOOK_BACK * self.dim)
         self.current, self.bad_passes = self.length, 0
 
     def remember(self, integers: list[int], executed: int) -> None:
@@ -46,6 +54,8 @@ class Drafter:
     def draft(self, text: Text, needed: int) -> list[int]:
         """Symbols that may follow, at most `current` and no further than `needed` integers; those that the
         grammar forces are always among them."""
+        for slot in [slot for slot in self.behind if slot < len(text.integers)]:
+            self.own_errors.append(_error(self.behind.pop(slot), text.integers[slot]))
         text, symbols = text.copy(), []
         while len(symbols) < self.current and len(text.integers) < needed:
             guess = self._guess(text.integers)
@@ -73,10 +83,12 @@ class Drafter:
                 self.current = min(self.length, 2 * self.current)
             elif self.bad_passes > 1:
                 self.current = max(1, self.current // 2)
-        text, own = text.copy(), None
+        text, own, self.certain = text.copy(), None, -1
         for symbol, its in zip(draft, predicted, strict=True):
             if own is None and its != symbol:
                 own = text.copy()
+                if self.certain < 0:
+                    self.certain = len(text.integers)
                 self.grammar.write(own, its)
             self.grammar.write(text, symbol)
             if text.value >= 0:
@@ -87,25 +99,31 @@ class Drafter:
                 drafted = own.integers[-1]
             elif own is not None:
                 drafted = self.grammar.nearest(drafted, own.value)
-            self.revised[len(text.integers) - 1] = drafted
+            slot = len(text.integers) - 1
+            self.revised[slot] = drafted
+            if 0 <= self.certain < slot:
+                self.behind[slot] = drafted
             own = None
 
     def _guess(self, integers: list[int]) -> int | None:
         """The next integer, from those before it."""
         slot = len(integers)
-        if slot in self.revised:
+        if slot == self.certain and slot in self.revised:
             return self.revised[slot]
         candidates = self._candidates(slot, integers)
-        if not candidates:
-            return None
-        errors = {name: [] for name in candidates}
+        penalty = {}
+        if slot in self.revised:
+            candidates["own"] = self.revised[slot]
+            penalty["own"] = OWN * _mean(self.own_errors, PRIOR["own"])
+        errors: dict[str, list[float]] = {name: [] for name in candidates if name not in penalty}
         for earlier in range(slot - self.dim, max(-1, slot - LOOK_BACK * self.dim - 1), -self.dim):
             for name, value in self._candidates(earlier, integers).items():
                 if name in errors:
-                    distance = abs(value - integers[earlier])
-                    errors[name].append(0.0 if distance == 0 else 1.0 + min(1.0, distance / 50))
-        penalty = {name: sum(e) / len(e) if e else PRIOR[name] for name, e in errors.items()}
-        return candidates[min(candidates, key=lambda name: (penalty[name], PRIOR[name]))]
+                    errors[name].append(_error(value, integers[earlier]))
+        penalty |= {name: _mean(e, PRIOR[name]) for name, e in errors.items()}
+        return (
+            candidates[min(candidates, key=lambda name: (penalty[name], PRIOR[name]))] if candidates else None
+        )
 
     def _candidates(self, slot: int, integers: list[int]) -> dict[str, int]:
         known, place = self.history + integers, slot + len(self.history)
@@ -117,3 +135,12 @@ class Drafter:
             if place >= 2 * self.dim:
                 result["linear"] = min(max(2 * last - known[place - 2 * self.dim], 0), self.grammar.maximum)
         return result
+
+
+def _error(guess: int, true: int) -> float:
+    """Wrong is wrong; being near may save a digit or two."""
+    return 0.0 if guess == true else 1.0 + min(1.0, abs(guess - true) / 50)
+
+
+def _mean(errors: Collection[float], default: float) -> float:
+    return sum(errors) / len(errors) if errors else default

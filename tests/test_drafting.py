@@ -60,6 +60,15 @@ def test_learns_what_the_model_says_behind_a_wrong_guess():
     assert drafter.draft(Text([500, 20, 500]), 6) == symbols(23, 499, 20, text=Text([500, 20, 500]))
 
 
+def test_distrusts_a_model_that_was_wrong_behind_wrong_guesses():
+    drafter, text = make(), Text([500, 20])
+    draft = drafter.draft(text, 8)
+    drafter.learn(text, draft, symbols(501, 999, 777, 999, 777, 999, text=text)[: len(draft)], accepted=2)
+    # 999 was said of the fourth integer, which turns out as 20: what it said of the others counts no more.
+    after = Text([500, 20, 501, 20])
+    assert drafter.draft(after, 6) == symbols(502, 20, text=after)  # goes on as before
+
+
 def test_learns_that_a_number_is_shorter():
     drafter, text = make(), Text([474, 0])
     draft = symbols(474, 0, text=text)  # "474 0 "

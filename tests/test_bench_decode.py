@@ -1,0 +1,69 @@
+import json
+
+import pytest
+
+from lerobot_vla0 import bench_decode
+from lerobot_vla0.bench_decode import BenchDecodeConfig
+
+TINY = (
+    {
+        "vocab_size": 640, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2,
+    },
+    {
+        "depth": 2, "hidden_size": 64, "intermediate_size": 128, "num_heads": 2,
+        "fullatt_block_indexes": [1],
+    },
+)  # fmt: skip
+
+
+@pytest.fixture
+def config(monkeypatch, tmp_path):
+    monkeypatch.setitem(bench_decode.SHAPES, "tiny", TINY)
+    return BenchDecodeConfig(model="tiny", device="cpu", dtype="float32", repeats=1, out=tmp_path)
+
+
+def test_every_mode_writes_the_recorded_text(config, capsys):
+    config.workloads = ["recorded", "recorded_masked"]
+    result = bench_decode.bench_decode(config)
+    rows = {(row["workload"], row["mode"]): row for row in result["results"]}
+    assert len(rows) == 2 * len(bench_decode.MODES)
+    assert all(row["identical"] == row["chunks"] == 2 for row in rows.values())
+    for workload in config.workloads:
+        passes = {mode: rows[workload, mode]["passes"] for mode in bench_decode.MODES}
+        # 207 characters and the end of turn; the grammar forces 56 of them
+        assert passes["generate"] == passes["generate_grammar"] == passes["plain"] == 208
+        assert passes["forced"] == 152 and passes["drafts"] < 80 and passes["prompt_lookup"] < 208
+    assert rows["recorded_masked", "drafts"]["passes"] <= 50
+    assert json.loads((config.out / "decode.json").read_text()) == result
+    assert (config.out / "decode.png").stat().st_size > 0
+    shown = capsys.readouterr().out
+    assert all(f"  {mode} " in shown for mode in bench_decode.MODES) and "2/2" in shown
+
+
+def test_batch_of_random_texts(config, capsys):
+    """The worst case: no more passes than the forced tokens alone need."""
+    config.workloads, config.batch_size, config.chunks = ["uniform"], 3, 3
+    result = bench_decode.bench_decode(config)
+    rows = {row["mode"]: row for row in result["results"]}
+    assert "prompt_lookup is left out" in capsys.readouterr().out and "prompt_lookup" not in rows
+    assert all(row["identical"] == 3 for row in rows.values())
+    assert rows["drafts"]["passes"] <= rows["forced"]["passes"] < rows["plain"]["passes"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"modes": ["fast"]}, r"modes=\['fast'\] are not among generate, "),
+        ({"workloads": ["mug"]}, r"workloads=\['mug'\] are not among recorded, "),
+        ({"workloads": ["own"]}, r"workloads=\['own'\] do not go with model='tiny', which is random weights"),
+        ({"workloads": ["replanned"]}, "needs actions: give --dataset"),
+        ({"repeats": 0}, "repeats=0 must be at least 1"),
+        ({"model": "nowhere"}, "neither a checkpoint folder nor one of qwen2.5-vl-3b-random"),
+    ],
+)
+def test_bad_settings(config, changes, message):
+    for name, value in changes.items():
+        setattr(config, name, value)
+    with pytest.raises(ValueError, match=message):
+        bench_decode.bench_decode(config)
