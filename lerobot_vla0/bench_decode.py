@@ -395,7 +395,7 @@ def _run_ours(
 ) -> Run:
     drafters: list[Drafter] | None = None
     if mode != "plain":
-        drafters = [Environment(policy, rows=len(chunks)).drafter for _ in chunks]
+        drafters = [Environment(policy).drafter for _ in chunks]
         if mode == "forced":
             drafters = [Drafter(policy.grammar, policy.action_dim, 0) for _ in chunks]
         elif length is not None:

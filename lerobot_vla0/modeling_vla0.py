@@ -32,9 +32,9 @@ from .prompt import IGNORE, ChatFormatter
 
 
 class Environment:
-    """What the policy remembers of one environment of a batch of `rows`."""
+    """What the policy remembers of one environment of a batch."""
 
-    def __init__(self, policy: "VLA0Policy", rows: int) -> None:
+    def __init__(self, policy: "VLA0Policy") -> None:
         config = policy.config
         self.queue: deque[Tensor] = deque()  # actions (D,) to be executed
         self.ensembler = TemporalEnsembler(
@@ -291,14 +291,14 @@ class VLA0Policy(PreTrainedPolicy):
         self._stream: Iterator[Tensor] = iter(())
         if rows is None:
             self._environments: list[Environment] = []
-        for row in rows or []:
-            self._environments[row] = Environment(self, len(self._environments))
+        for row in (rows or []) if self._environments else []:
+            self._environments[row] = Environment(self)
 
     def _environments_of(self, batch: dict[str, Any]) -> list["Environment"]:
         rows = self._rows(batch)
         if len(self._environments) != rows:
             self.reset()
-            self._environments = [Environment(self, rows) for _ in range(rows)]
+            self._environments = [Environment(self) for _ in range(rows)]
         return self._environments
 
     @torch.no_grad()
@@ -387,6 +387,7 @@ class VLA0Policy(PreTrainedPolicy):
         # After a reset of some rows, they look again at other times than the rest.
         rows = [row for row, environment in enumerate(environments) if not environment.queue]
         if rows:
+            self._instructions(batch)  # raises if their number does not fit
             tasks = [batch["task"]] if isinstance(batch["task"], str) else batch["task"]
             looks = {key: batch[key][rows] for key in (*config.camera_keys, OBS_STATE) if key in batch}
             looks["task"] = [tasks[row] for row in rows]

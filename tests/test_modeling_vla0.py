@@ -266,6 +266,7 @@ def test_reset_of_one_environment_does_not_touch_another(settings, tiny_vlm, pro
 
     expected = [alone(0, range(8)), alone(1, range(4)) + alone(1, range(4, 8))]
     policy.reset()
+    policy.reset(rows=[1])  # before anything was remembered
     for step, batch in enumerate(batches):
         if step == 4:
             policy.reset(rows=[1])
