@@ -25,11 +25,11 @@ from lerobot.policies.factory import make_pre_post_processors
 from tqdm import tqdm
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from . import backbone, decoding
+from . import decoding
 from .configuration_vla0 import VLA0Config
 from .drafting import Drafter
 from .grammar import IntegerGrammar, Text
-from .modeling_vla0 import Environment, VLA0Policy
+from .modeling_vla0 import VLA0Policy
 from .tiny_vlm import make_config, make_processor
 
 # Ground-truth texts of LIBERO's data (8 timesteps × 7 integers), as printed in VLA-0's public repositories.
@@ -395,21 +395,18 @@ def _run_ours(
 ) -> Run:
     drafters: list[Drafter] | None = None
     if mode != "plain":
-        drafters = [Environment(policy).drafter for _ in chunks]
-        if mode == "forced":
-            drafters = [Drafter(policy.grammar, policy.action_dim, 0) for _ in chunks]
-        elif length is not None:
-            drafters = [Drafter(policy.grammar, policy.action_dim, length, adaptive=False) for _ in chunks]
+        drafters = [policy.make_drafter() for _ in chunks]
+        if mode == "forced" or length is not None:
+            length = 0 if mode == "forced" else length
+            drafters = [Drafter(policy.grammar, policy.action_dim, length) for _ in chunks]
         for drafter, chunk in zip(drafters, chunks, strict=True):
             if chunk.previous is not None:
                 drafter.remember(chunk.previous, executed=1)
             drafter.start()
-    prefix = policy._prompt_prefix(inputs)  # kept between calls, as in the policy
+    policy._prompt_prefix(inputs)  # kept between calls, as in the policy
     _synchronize(policy)
     start = time.perf_counter()
-    model: decoding.Model = backbone.PromptCache(
-        policy.model, inputs, policy.grammar.token_ids, policy._room, prefix
-    )
+    model: decoding.Model = policy.prompt_cache(inputs)
     if texts:
         model = Following(model, policy.grammar, texts, masked)
     decoded = decoding.decode(model, policy.grammar, len(chunks), drafters=drafters)

@@ -132,7 +132,7 @@ class Row:
                 break
         accepted = sum(a == b for a, b in zip(new, self.draft, strict=False))
         if self.drafter is not None:
-            self.drafter.learn(self.text, self.draft, predicted[: len(self.draft)], accepted)
+            self.drafter.learn(self.text, self.draft, predicted[: len(self.draft)])
         kept = len(self.pending) + accepted
         self.pending = new[accepted:]
         self._write(new)

@@ -3,19 +3,36 @@ never correctness: the decoder verifies every one.
 
 Robot actions are smooth, so a timestep's integers are close to those of the timestep before. A model trained
 with masked actions hardly looks at its own numbers, so what it predicts *behind* a wrong guess is mostly what
-it will predict once the guess is corrected (Jacobi refinement).
+it will predict once the guess is corrected (Jacobi refinement): for such a model any guess is worth making.
 """
 
-from collections import deque
-from collections.abc import Collection
+from dataclasses import dataclass
 
 from .grammar import IntegerGrammar, Text
 
-# A candidate's starting penalty, before this chunk has shown which one fits (the model's own, previous chunk,
-# copy, linear).
-PRIOR = {"own": 0.0, "previous": 0.3, "copy": 0.5, "linear": 0.7}
-OWN = 0.7  # the model's own are better than their record: it grows while drafts are wrong
-LOOK_BACK = 3  # timesteps over which candidates are compared
+# A source's chance to be right, before it has a record: what the last answer said of the same timestep, the
+# timestep before once more, the last two extrapolated, and the middle of the range where nothing is known.
+PRIOR = {"previous": 0.7, "copy": 0.5, "linear": 0.3, "middle": 0.02}
+LOOK_BACK = 3  # timesteps of the same dimension over which sources are compared
+FADE = 0.9  # of what trust remembers, with each new prediction
+# Above this trust, a draft is worth making for what the model says behind it, even if it is wrong itself.
+TRUSTED = 0.4
+
+
+@dataclass
+class Trust:
+    """How good the model's own predictions behind wrong guesses are. That lies in how it was trained, so one
+    record serves all rows and outlives episodes."""
+
+    right: float = 1.0
+    judged: float = 2.0
+
+    def judge(self, hit: bool) -> None:
+        self.right, self.judged = FADE * self.right + hit, FADE * self.judged + 1
+
+    @property
+    def share(self) -> float:
+        return self.right / self.judged
 
 
 class Drafter:
@@ -24,11 +41,22 @@ class Drafter:
     Args:
         grammar: of the answers; `count` = timesteps × dim integers.
         dim: integers per timestep (D).
-        length: most symbols of a draft. With `adaptive`, shorter while drafts are not being accepted.
+        length: most symbols of a draft.
+        worth: a symbol is drafted only if all before it are right with at least this chance: what one more
+            symbol costs in a pass, in passes that a right one saves. 0 always drafts `length`.
+        trust: shared with other rows; None starts one of its own.
     """
 
-    def __init__(self, grammar: IntegerGrammar, dim: int, length: int, adaptive: bool = True) -> None:
-        self.grammar, self.dim, self.length, self.adaptive = grammar, dim, length, adaptive
+    def __init__(
+        self,
+        grammar: IntegerGrammar,
+        dim: int,
+        length: int,
+        worth: float = 0.0,
+        trust: Trust | None = None,
+    ) -> None:
+        self.grammar, self.dim, self.length, self.worth = grammar, dim, length, worth
+        self.trust = Trust() if trust is None else trust
         self.reset()
 
     def reset(self) -> None:
@@ -39,11 +67,10 @@ class Drafter:
 
     def start(self) -> None:
         """Call before each answer."""
-        self.revised: dict[int, int] = {}  # the model's own predictions of coming integers
-        self.behind: dict[int, int] = {}  # those of them that it made behind a wrong guess, until known
-        self.certain = -1  # the integer whose first digits are sure, by the last pass
-        self.own_errors: deque[float] = deque(maxlen=LOOK_BACK * self.dim)
-        self.current, self.bad_passes = self.length, 0
+        self.own: dict[int, int] = {}  # the model's own predictions of coming integers
+        self.behind: dict[int, int] = {}  # those that it made behind a wrong guess, until they are known
+        # An integer whose first digits the last pass has settled, completed as close to its draft as can be.
+        self.settled: tuple[int, int] | None = None
 
     def remember(self, integers: list[int], executed: int) -> None:
         """Keeps an answer of which `executed` timesteps will have been acted on when the next is asked
@@ -52,80 +79,79 @@ class Drafter:
         self.history, self.previous = past, integers[executed * self.dim :]
 
     def draft(self, text: Text, needed: int) -> list[int]:
-        """Symbols that may follow, at most `current` and no further than `needed` integers; those that the
-        grammar forces are always among them."""
+        """Symbols that may follow, at most `length` and no further than `needed` integers."""
         for slot in [slot for slot in self.behind if slot < len(text.integers)]:
-            self.own_errors.append(_error(self.behind.pop(slot), text.integers[slot]))
-        text, symbols = text.copy(), []
-        while len(symbols) < self.current and len(text.integers) < needed:
-            guess = self._guess(text.integers)
-            if guess is None:
+            self.trust.judge(self.behind.pop(slot) == text.integers[slot])
+        trusted = self.trust.share >= TRUSTED
+        text, symbols, chance = text.copy(), [], 1.0
+        while len(symbols) < self.length and len(text.integers) < needed:
+            guess, right = self._guess(text.integers)
+            if not trusted and (chance < self.worth or right <= PRIOR["middle"]):
                 break
             more = self.grammar.spell(self.grammar.nearest(guess, text.value), text)
             for symbol in more:
                 self.grammar.write(text, symbol)
             symbols += more
-        return symbols[: self.current]
+            chance *= right
+        return symbols[: self.length]
 
-    def learn(self, text: Text, draft: list[int], predicted: list[int], accepted: int) -> None:
+    def learn(self, text: Text, draft: list[int], predicted: list[int]) -> None:
         """Takes over the model's own predictions.
 
         Args:
             text: what was written before the draft.
             draft: symbols that were verified.
             predicted: the model's symbol at the place of each of them.
-            accepted: how many of them were right.
         """
-        if self.adaptive and draft:
-            # One bad pass is normal: what was learnt from it makes the next one good.
-            self.bad_passes = self.bad_passes + 1 if 4 * accepted < len(draft) else 0
-            if accepted == len(draft):
-                self.current = min(self.length, 2 * self.current)
-            elif self.bad_passes > 1:
-                self.current = max(1, self.current // 2)
-        text, own, self.certain = text.copy(), None, -1
+        text, self.settled, wrong = text.copy(), None, False
+        own: Text | None = None  # the current integer as the model would have it, from its first other symbol
+        near = Text()  # the same up to that symbol
         for symbol, its in zip(draft, predicted, strict=True):
             if own is None and its != symbol:
                 own = text.copy()
-                if self.certain < 0:
-                    self.certain = len(text.integers)
+                self.grammar.write(own, its)
+                near = own.copy()
+            elif own is not None and own.value >= 0 and self.grammar.allowed(own)[its]:
                 self.grammar.write(own, its)
             self.grammar.write(text, symbol)
             if text.value >= 0:
                 continue
-            # An integer is complete. What would the model's own be, as far as its first other digit tells?
-            drafted = text.integers[-1]
-            if own is not None and own.value < 0:
-                drafted = own.integers[-1]
-            elif own is not None:
-                drafted = self.grammar.nearest(drafted, own.value)
-            slot = len(text.integers) - 1
-            self.revised[slot] = drafted
-            if 0 <= self.certain < slot:
-                self.behind[slot] = drafted
-            own = None
+            # An integer is complete.
+            slot, drafted = len(text.integers) - 1, text.integers[-1]
+            if own is None:
+                self.own[slot] = drafted
+            else:
+                # What the model has not finished at the draft's separator is completed as the draft has it.
+                self.own[slot] = self._complete(own, slot, drafted)
+                if not wrong:
+                    self.settled = slot, self._complete(near, slot, drafted)
+            if wrong:
+                self.behind[slot] = self.own[slot]
+            wrong, own = wrong or own is not None, None
 
-    def _guess(self, integers: list[int]) -> int | None:
-        """The next integer, from those before it."""
+    def _complete(self, text: Text, slot: int, drafted: int) -> int:
+        return text.integers[slot] if slot < len(text.integers) else self.grammar.nearest(drafted, text.value)
+
+    def _guess(self, integers: list[int]) -> tuple[int, float]:
+        """The next integer, from those before it, and its chance to be right."""
         slot = len(integers)
-        if slot == self.certain and slot in self.revised:
-            return self.revised[slot]
-        candidates = self._candidates(slot, integers)
-        penalty = {}
-        if slot in self.revised:
-            candidates["own"] = self.revised[slot]
-            penalty["own"] = OWN * _mean(self.own_errors, PRIOR["own"])
-        errors: dict[str, list[float]] = {name: [] for name in candidates if name not in penalty}
-        for earlier in range(slot - self.dim, max(-1, slot - LOOK_BACK * self.dim - 1), -self.dim):
-            for name, value in self._candidates(earlier, integers).items():
-                if name in errors:
-                    errors[name].append(_error(value, integers[earlier]))
-        penalty |= {name: _mean(e, PRIOR[name]) for name, e in errors.items()}
-        return (
-            candidates[min(candidates, key=lambda name: (penalty[name], PRIOR[name]))] if candidates else None
-        )
+        if self.settled is not None and slot == self.settled[0] and self.trust.share < TRUSTED:
+            return self.settled[1], PRIOR["linear"]
+        best = (0.0, PRIOR["middle"], self.grammar.maximum // 2)
+        for name, value in self._sources(slot, integers).items():
+            # Its record in this dimension.
+            score, right, count = PRIOR[name], PRIOR[name], 1
+            for earlier in range(slot - self.dim, max(-1, slot - LOOK_BACK * self.dim - 1), -self.dim):
+                before = self._sources(earlier, integers).get(name)
+                if before is not None:
+                    score += _closeness(before, integers[earlier])
+                    right, count = right + (before == integers[earlier]), count + 1
+            best = max(best, (score / count, right / count, value))
+        if slot in self.own and self.trust.share >= min(TRUSTED, best[0]):
+            return self.own[slot], self.trust.share
+        return best[2], best[1]
 
-    def _candidates(self, slot: int, integers: list[int]) -> dict[str, int]:
+    def _sources(self, slot: int, integers: list[int]) -> dict[str, int]:
         known, place = self.history + integers, slot + len(self.history)
         result = {}
         if slot < len(self.previous):
@@ -137,10 +163,6 @@ class Drafter:
         return result
 
 
-def _error(guess: int, true: int) -> float:
+def _closeness(guess: int, true: int) -> float:
     """Wrong is wrong; being near may save a digit or two."""
-    return 0.0 if guess == true else 1.0 + min(1.0, abs(guess - true) / 50)
-
-
-def _mean(errors: Collection[float], default: float) -> float:
-    return sum(errors) / len(errors) if errors else default
+    return 1.0 if guess == true else max(0.0, 0.5 - abs(guess - true) / 100)

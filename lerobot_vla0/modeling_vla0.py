@@ -23,12 +23,16 @@ from . import backbone, decoding
 from .action_codec import ActionCodec
 from .checkpoints import VLM_FOLDER, check_checkpoint
 from .configuration_vla0 import VLA0Config
-from .drafting import Drafter
+from .drafting import Drafter, Trust
 from .ensembling import TemporalEnsembler
 from .grammar import IntegerGrammar
 from .images import prepare_images
 from .processor_vla0 import ACTION_CLIPPED
 from .prompt import IGNORE, ChatFormatter
+from .prompt_cache import PromptCache, RowCache, encode_prefix
+
+# Symbols; with windows beyond this nothing more was gained on recorded action texts.
+MAX_DRAFT = 31
 
 
 class Environment:
@@ -40,15 +44,8 @@ class Environment:
         self.ensembler = TemporalEnsembler(
             config.ensemble_size, config.ensemble_weight, config.ensemble_exponential
         )
-        length = config.draft_length
-        if length is None:
-            # On two CPU cores a pass over 16 tokens took 1.6 times as long as over one (`bench decode`, 0.5
-            # billion parameters); on a GPU about the same is expected.
-            length = 31 if policy.model.device.type == "cuda" else 15
         # The last chunk changes the speed only.
-        self.drafter = Drafter(
-            policy.grammar, policy.action_dim, length, adaptive=config.draft_length is None
-        )
+        self.drafter = policy.make_drafter(policy.trust)
 
 
 class VLA0Policy(PreTrainedPolicy):
@@ -120,6 +117,8 @@ class VLA0Policy(PreTrainedPolicy):
             self.chat.end_id,
         )
         self.codec = ActionCodec(config.num_bins)
+        self.trust = Trust()
+        self._buffers = RowCache()
         # Tokens behind a prompt: the longest answer, and a draft that reaches beyond it.
         self._room = self.grammar.count * (len(str(config.num_bins)) + 1) + 64
         self._prefix: list[tuple[Tensor, Tensor]] | None = None
@@ -294,6 +293,16 @@ class VLA0Policy(PreTrainedPolicy):
         for row in (rows or []) if self._environments else []:
             self._environments[row] = Environment(self)
 
+    def make_drafter(self, trust: Trust | None = None) -> Drafter:
+        """A drafter for one row, of the length that `config.draft_length` asks for."""
+        length, worth = self.config.draft_length, 0.0
+        if length is None:
+            # On two CPU cores each further token of a pass took 3 % of what the first one takes (`bench
+            # decode`, 0.5 billion parameters) and a right one saved a fifth of a pass; on a GPU a token more
+            # costs next to nothing.
+            length, worth = MAX_DRAFT, 0.02 if self.model.device.type == "cuda" else 0.15
+        return Drafter(self.grammar, self.action_dim, length, worth, trust)
+
     def _environments_of(self, batch: dict[str, Any]) -> list["Environment"]:
         rows = self._rows(batch)
         if len(self._environments) != rows:
@@ -322,13 +331,13 @@ class VLA0Policy(PreTrainedPolicy):
         try:
             tokens = self.chat.inference_batch(self._instructions(batch))
             inputs = self._inputs(self._pictures(batch, None), tokens)
-            cache = backbone.PromptCache(
-                self.model, inputs, self.grammar.token_ids, self._room, self._prompt_prefix(inputs)
-            )
+            cache = self.prompt_cache(inputs)
             drafters = [environment.drafter for environment in environments]
+            if self.config.temperature > 0:
+                # With a memory, samples would depend on what was drafted before, not on the seed alone.
+                drafters = [self.make_drafter() for _ in environments]
             for drafter in drafters:
-                # Samples would depend on what was drafted before, not on the seed alone.
-                drafter.start() if self.config.temperature == 0 else drafter.reset()
+                drafter.start()
             writing = decoding.decode_stream(
                 cache,
                 self.grammar,
@@ -351,12 +360,25 @@ class VLA0Policy(PreTrainedPolicy):
             executed = min(steps, self.config.n_action_steps)
             drafter.remember(answer[: steps * self.action_dim], executed)
 
+    def prompt_cache(self, inputs: dict[str, Tensor]) -> PromptCache:
+        """The VLM behind prompts, for decoding. With compile_model one at a time: they share buffers."""
+        compiled = self.config.compile_model
+        return PromptCache(
+            self.model,
+            inputs,
+            self.grammar.token_ids,
+            self._room,
+            self._prompt_prefix(inputs),
+            self._buffers if compiled else None,
+            compiled,
+        )
+
     def _prompt_prefix(self, inputs: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
         """Keys and values of what every prompt begins with, the words before the first picture; kept until
         the weights may change."""
         if self._prefix is None or self._prefix[0][0].device != inputs["input_ids"].device:
             length = int(inputs["mm_token_type_ids"][0].argmax())
-            self._prefix = backbone.encode_prefix(self.model, inputs["input_ids"][:1, :length])
+            self._prefix = encode_prefix(self.model, inputs["input_ids"][:1, :length])
         return self._prefix
 
     def train(self, mode: bool = True) -> Self:
