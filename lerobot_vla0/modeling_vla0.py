@@ -118,7 +118,7 @@ class VLA0Policy(PreTrainedPolicy):
         )
         self.codec = ActionCodec(config.num_bins)
         self.trust = Trust()
-        self._buffers = RowCache()
+        self._row_cache = RowCache()
         # Tokens behind a prompt: the longest answer, and a draft that reaches beyond it.
         self._room = self.grammar.count * (len(str(config.num_bins)) + 1) + 64
         self._prefix: list[tuple[Tensor, Tensor]] | None = None
@@ -369,7 +369,7 @@ class VLA0Policy(PreTrainedPolicy):
             self.grammar.token_ids,
             self._room,
             self._prompt_prefix(inputs),
-            self._buffers if compiled else None,
+            self._row_cache if compiled else None,
             compiled,
         )
 

@@ -208,8 +208,8 @@ class PromptCache:
     def extend(self, kept: list[int], tokens: list[list[int]]) -> np.ndarray:
         if self.cache.user is not self:
             raise RuntimeError(
-                "another chunk was begun before this one was finished, and with compile_model=True they share "
-                "a cache. Finish or drop a stream before the next call, or set compile_model=False."
+                "another chunk was begun before this one was finished, and with compile_model=True both use "
+                "one cache. Finish or drop a stream before the next call, or set compile_model=False."
             )
         device = self.head.device
         self.lengths = self.lengths + torch.tensor(kept, device=device)
