@@ -16,7 +16,7 @@ PRIOR = {"previous": 0.7, "copy": 0.5, "linear": 0.3, "middle": 0.02}
 LOOK_BACK = 3  # timesteps of the same dimension over which sources are compared
 FADE = 0.9  # of what trust remembers, with each new prediction
 # Above this trust, a draft is worth making for what the model says behind it, even if it is wrong itself.
-TRUSTED = 0.4
+TRUSTED = 0.25
 
 
 @dataclass
@@ -27,11 +27,13 @@ class Trust:
     right: float = 1.0
     judged: float = 2.0
 
-    def judge(self, hit: bool) -> None:
-        self.right, self.judged = FADE * self.right + hit, FADE * self.judged + 1
+    def judge(self, closeness: float) -> None:
+        """Of one prediction, once the integer is known."""
+        self.right, self.judged = FADE * self.right + closeness, FADE * self.judged + 1
 
     @property
     def share(self) -> float:
+        """In [0, 1]; compares with the mean closeness of other guesses."""
         return self.right / self.judged
 
 
@@ -81,7 +83,7 @@ class Drafter:
     def draft(self, text: Text, needed: int) -> list[int]:
         """Symbols that may follow, at most `length` and no further than `needed` integers."""
         for slot in [slot for slot in self.behind if slot < len(text.integers)]:
-            self.trust.judge(self.behind.pop(slot) == text.integers[slot])
+            self.trust.judge(_closeness(self.behind.pop(slot), text.integers[slot]))
         trusted = self.trust.share >= TRUSTED
         text, symbols, chance = text.copy(), [], 1.0
         while len(symbols) < self.length and len(text.integers) < needed:
@@ -147,7 +149,7 @@ class Drafter:
                     score += _closeness(before, integers[earlier])
                     right, count = right + (before == integers[earlier]), count + 1
             best = max(best, (score / count, right / count, value))
-        if slot in self.own and self.trust.share >= min(TRUSTED, best[0]):
+        if slot in self.own and self.trust.share >= best[0]:
             return self.own[slot], self.trust.share
         return best[2], best[1]
 

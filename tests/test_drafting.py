@@ -56,7 +56,7 @@ def test_remembers_the_last_answer():
 
 def test_learns_what_the_model_says_behind_a_wrong_guess():
     text, after = Text([500, 20]), Text([500, 20, 500])
-    for trust, expected in ((Trust(), (23, 497, 20)), (distrust(), (23, 500, 23))):
+    for trust, expected in ((Trust(right=9, judged=10), (23, 497, 20)), (distrust(), (23, 500, 23))):
         drafter = make(trust=trust)
         draft = drafter.draft(text, 6)
         assert draft == symbols(500, 20, 500, 20, text=text)
