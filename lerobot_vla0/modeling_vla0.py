@@ -111,6 +111,16 @@ class VLA0Policy(PreTrainedPolicy):
     def get_optim_params(self) -> list[nn.Parameter]:
         return [p for p in self.parameters() if p.requires_grad]
 
+    def _get_default_peft_targets(self) -> dict[str, Any]:
+        """Linear layers of the language model."""
+        return {
+            "target_modules": r".*language_model.*\.(q|k|v|o|gate|up|down)_proj",
+            "modules_to_save": [],
+        }
+
+    def _validate_peft_config(self, peft_config: Any) -> None:
+        """LeRobot's wants a trained policy; VLA-0 starts from a trained VLM."""
+
     # ----------------------------------------------------------------------------------------------- training
 
     def training_inputs(self, batch: dict[str, Any]) -> tuple[dict[str, Tensor], Tensor, Tensor]:
