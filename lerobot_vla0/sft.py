@@ -273,13 +273,17 @@ def _make_trainer(
         train_dataset = datasets.IterableDataset.from_generator(lambda: iter(dataset))
     else:
         train_dataset = datasets.Dataset.from_dict({"index": range(len(dataset))})
-    return VLA0Trainer(
+    trainer = VLA0Trainer(
         model=policy.model,
         args=training,
         train_dataset=train_dataset,
         data_collator=default_collate if dataset_is_streaming else partial(_collate, dataset),
         processing_class=policy.vlm_processor,
     )
+    # Tokens are counted over processes and accumulated batches. Qwen2.5-VL's own loss cannot take the count, and
+    # says so; TRL's, which is computed here, can.
+    trainer.model_accepts_loss_kwargs = True
+    return trainer
 
 
 def _collate(dataset: Any, rows: list[dict[str, int]]) -> dict[str, Any]:

@@ -315,7 +315,7 @@ def _print_help(parser_class: "type[TrlParser]", config_class: "type[SFTConfig]"
     print(ours.format_help())
     print("LeRobot's, as for lerobot-train (`lerobot-train --policy.type=vla0 --help` explains them), and of")
     print("`lerobot-vla0 eval` for --eval_after_train; in the YAML file, mappings of these names:")
-    for section, cls in SECTIONS.items():
+    for section in SECTIONS:
         names = [name for name in _fields(section) if name not in REFUSED[section]]
         print(f"\n--{section}.*\n" + textwrap.fill(" ".join(names), 100))
     print("\nTRL's SFTConfig (https://huggingface.co/docs/trl/sft_trainer), [default] where ours is another:")
