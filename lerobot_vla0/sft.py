@@ -133,6 +133,11 @@ def _check_peft() -> None:
 def _lora(arguments: Arguments) -> dict[str, Any]:
     """As LeRobot's `wrap_with_peft` takes it; what is None is the policy's own default."""
     options = arguments.options
+    if any("lm_head" in name for name in options.lora_target_modules or []):
+        raise ValueError(
+            "lora_target_modules names lm_head: TRL computes the loss from its plain weights, so that an adapter "
+            "there would never be trained. Leave it out."
+        )
     return {
         "method_type": "LORA",
         "r": options.lora_r,
@@ -280,8 +285,8 @@ def _make_trainer(
         data_collator=default_collate if dataset_is_streaming else partial(_collate, dataset),
         processing_class=policy.vlm_processor,
     )
-    # Tokens are counted over processes and accumulated batches. Qwen2.5-VL's own loss cannot take the count, and
-    # says so; TRL's, which is computed here, can.
+    # Tokens are counted over processes and accumulated batches. Qwen2.5-VL says that its own loss cannot take
+    # the count; TRL's, which is computed here, can.
     trainer.model_accepts_loss_kwargs = True
     return trainer
 
