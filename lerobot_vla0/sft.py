@@ -135,7 +135,7 @@ def _lora(arguments: Arguments) -> dict[str, Any]:
     options = arguments.options
     if any("lm_head" in name for name in options.lora_target_modules or []):
         raise ValueError(
-            "lora_target_modules names lm_head: TRL computes the loss from its plain weights, so that an adapter "
+            "lora_target_modules names lm_head: TRL computes the loss from its plain weights, so an adapter "
             "there would never be trained. Leave it out."
         )
     return {
