@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from importlib import import_module
 
 import draccus
-from draccus.utils import DraccusException
+from draccus.utils import DraccusException, ParsingError
 
 
 @dataclass
@@ -62,12 +62,20 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def parse_options(config_class: type, prog: str, args: list[str]) -> object:
-    """draccus with LeRobot's `--policy.path=`, which its configs read from `sys.argv` themselves."""
-    if not hasattr(config_class, "__get_path_fields__"):
-        return draccus.parse(config_class, args=args, prog=prog)
-    from lerobot.configs.parser import filter_path_args
+    """draccus with LeRobot's `--policy.path=`, which its configs read from `sys.argv` themselves.
 
-    sys.argv = [prog, *args]
-    return draccus.parse(
-        config_class, args=filter_path_args(config_class.__get_path_fields__(), args), prog=prog
-    )
+    Raises:
+        ValueError: a config refuses a value; draccus would only say that it could not be made.
+    """
+    options = args
+    if hasattr(config_class, "__get_path_fields__"):
+        from lerobot.configs.parser import filter_path_args
+
+        sys.argv = [prog, *args]
+        options = filter_path_args(config_class.__get_path_fields__(), args)
+    try:
+        return draccus.parse(config_class, args=options, prog=prog)
+    except ParsingError as error:
+        if isinstance(error.__cause__, ValueError) and not isinstance(error.__cause__, DraccusException):
+            raise error.__cause__ from error
+        raise

@@ -96,13 +96,14 @@ def sft(arguments: Arguments) -> Path:
 
 def _checkpoint_to_resume(training: Any) -> str | None:
     """Folder of the checkpoint to go on from; None starts afresh."""
-    output, wanted = Path(training.output_dir), training.resume_from_checkpoint
+    output = Path(training.output_dir)
+    wanted = str(training.resume_from_checkpoint or False)  # YAML's true is a bool
     # trainer_state.json is written last: without it, the process was killed in the middle.
     complete = sorted(
         (path.parent for path in output.glob("checkpoint-*/trainer_state.json")),
         key=lambda path: int(path.name.removeprefix("checkpoint-")),
     )
-    if wanted is None or wanted.lower() == "false":
+    if wanted.lower() in ("false", "none"):
         if complete or (output / "final").exists():
             raise FileExistsError(
                 f"output_dir={str(output)!r} holds a run already. Choose another one, or continue it with "
@@ -248,7 +249,7 @@ def _make_trainer(
             """Inputs and labels of a batch of the data set."""
             batch = {k: v.to(training.device) if torch.is_tensor(v) else v for k, v in batch.items()}
             for key in dataset.meta.camera_keys:
-                if batch[key].dtype == torch.uint8:  # as in lerobot-train
+                if key in batch and batch[key].dtype == torch.uint8:  # as in lerobot-train
                     batch[key] = batch[key].float() / 255
             batch = preprocess(batch)
             self._metrics["train"][ACTION_CLIPPED].append(batch[ACTION_CLIPPED].mean().item())
@@ -348,10 +349,11 @@ def _push(
 
 def _evaluate(final: Path, arguments: Arguments, trainer: Any, policy: VLA0Policy) -> None:
     """`lerobot-vla0 eval` of the final checkpoint; success rates go where the loss went."""
-    # The optimiser's memory is needed for a second copy of the weights.
+    # The memory is needed for the weights' second copy.
     trainer.optimizer = trainer.lr_scheduler = None
     trainer.accelerator.free_memory()
-    policy.to("cpu")
+    if not trainer.is_fsdp_enabled:
+        policy.to("cpu")
     out = Path(arguments.training.output_dir) / "eval"
     options = [f"--policy.path={final}", f"--out={out}", *arguments.evaluation]
     evaluate(parse_options(EvalConfig, PROG, options))
@@ -360,6 +362,7 @@ def _evaluate(final: Path, arguments: Arguments, trainer: Any, policy: VLA0Polic
         successes.setdefault(suite, []).append(episode["success"])
     rates = {f"eval_{suite}_success": sum(found) / len(found) for suite, found in successes.items()}
     trainer.log(rates)
+    trainer.save_state()
 
 
 if __name__ == "__main__":

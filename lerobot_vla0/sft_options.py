@@ -19,7 +19,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import draccus
 import yaml
 from lerobot.configs import PreTrainedConfig
 from lerobot.configs.default import DatasetConfig
@@ -187,6 +186,8 @@ def _defaults() -> dict[str, Any]:
         "lr_scheduler_type": "constant_with_warmup",  # plain constant without --warmup_steps
         "save_steps": 5000,
         "dataloader_num_workers": 4,
+        # Reentrant checkpointing loses the gradients of adapters on a frozen model.
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
         # The data set is a list of indices; the trainer makes the examples.
         "remove_unused_columns": False,
         "dataset_kwargs": {"skip_prepare_dataset": True},
@@ -269,7 +270,7 @@ def _policy(fields: dict[str, str], dtype: str) -> VLA0Config:
             f"policy.type={kind!r}: this trains vla0 only. lerobot-train trains LeRobot's others."
         )
     if path is None:
-        config = draccus.parse(VLA0Config, args=_arguments({"dtype": dtype} | fields), prog=PROG)
+        config = parse_options(VLA0Config, PROG, _arguments({"dtype": dtype} | fields))
     else:
         config = PreTrainedConfig.from_pretrained(path, cli_overrides=_arguments(fields))
         if not isinstance(config, VLA0Config):
@@ -288,6 +289,7 @@ def _copy_to_policy(training: "SFTConfig", config: VLA0Config) -> None:
     config.optimizer_grad_clip_norm = training.max_grad_norm
     config.push_to_hub, config.repo_id = training.push_to_hub, training.hub_model_id
     config.private = training.hub_private_repo
+    training.push_to_hub = False  # LeRobot's code does it; Trainer's would push another layout
 
 
 def _dataset(fields: dict[str, str]) -> DatasetConfig:
@@ -295,7 +297,7 @@ def _dataset(fields: dict[str, str]) -> DatasetConfig:
         raise ValueError(
             "which data set? --dataset.repo_id=<Hub id>, with --dataset.root=<folder> a local one."
         )
-    return draccus.parse(DatasetConfig, args=_arguments(fields), prog=PROG)
+    return parse_options(DatasetConfig, PROG, _arguments(fields))
 
 
 def _evaluation(fields: dict[str, str], options: SFTOptions) -> list[str]:
