@@ -30,6 +30,7 @@ from transformers import set_seed
 from . import backbone
 from .checkpoints import VLM_FOLDER, WEIGHTS
 from .cli import parse_options
+from .libero.assets import prepare_libero
 from .libero.evaluate import EvalConfig, evaluate
 from .libero.report import read_episodes
 from .libero.suites import episodes_of_suites
@@ -53,13 +54,18 @@ def sft(arguments: Arguments) -> Path:
     Raises:
         FileExistsError: `output_dir` holds another run, and `resume_from_checkpoint` was not given.
         FileNotFoundError: there is no checkpoint to resume from.
-        ImportError: `use_lora` without peft.
+        ImportError: `use_lora` without peft, or `eval_after_train` without LIBERO.
         ValueError: no episode is left to train on, or a setting that does not fit data or model.
     """
     options, training = arguments.options, arguments.training
     checkpoint = _checkpoint_to_resume(training)
     if options.use_lora:
         _check_peft()
+    if options.eval_after_train and training.process_index == 0:
+        # Missing assets or libraries must not show after days of training.
+        evaluation = parse_options(EvalConfig, PROG, ["--out=unused", *arguments.evaluation])
+        for suite in evaluation.suite_list:
+            prepare_libero(suite, evaluation.assets)
     set_seed(training.seed)  # of the adapters' first weights
     pipeline = _pipeline(arguments)
     with training.main_process_first(desc="data set"):  # one download for all processes

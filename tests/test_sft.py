@@ -190,6 +190,30 @@ def test_lora_resumes(arguments, tmp_path):
     assert all(torch.equal(whole[name], value) for name, value in resumed.items())
 
 
+def test_success_rates_go_to_the_trackers(arguments, throw_away, monkeypatch, tmp_path):
+    """What is evaluated, and where the figures go; a real evaluation is below."""
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    evaluated = []
+    outcomes = {("libero_object", 3, i): {"success": i == 0} for i in range(4)}
+    monkeypatch.setattr(module, "evaluate", evaluated.append)
+    monkeypatch.setattr(module, "read_episodes", lambda folder: outcomes)
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+    options = [
+        "--max_steps=1", "--save_strategy=no", "--report_to=tensorboard", "--train_suite=libero_object",
+        "--eval_after_train", "--eval.tasks=[3]", "--eval.episodes=4", "--eval.assets=primitive",
+    ]  # fmt: skip
+    final = sft(parse([*arguments, *options]))
+    (config,) = evaluated
+    assert (config.policy.pretrained_path, config.out) == (final, tmp_path / "run/eval")
+    assert (config.suites, config.tasks, config.episodes) == ("libero_object", [3], 4)
+    values = {}
+    for file in (tmp_path / "board").rglob("events.*"):
+        board = events.EventAccumulator(str(file))
+        board.Reload()
+        values |= {tag: board.Scalars(tag)[-1].value for tag in board.Tags()["scalars"]}
+    assert values["eval/libero_object_success"] == 0.25 and values["train/loss"] > 0
+
+
 def test_push_has_lerobots_layout(arguments, monkeypatch):
     from huggingface_hub import HfApi, ModelCard
     from huggingface_hub.hf_api import RepoUrl
@@ -225,13 +249,14 @@ def test_push_has_lerobots_layout(arguments, monkeypatch):
         (["--train_suite=libero_objects"], "train_suite='libero_objects' is not known"),
         (["--train_suite=libero_10"], r"no episode is left. The data set holds libero_object \(2 episodes\)"),
         (["--train_suite=libero_goal", "--dataset.episodes=[0, 2]"], "dataset.episodes holds no episode of"),
+        (["--eval_after_train", "--eval.suites=libero_goal", "--eval.assets=primitive"], "libero_object"),
         (["--max_episodes=0"], "max_episodes=0 must be at least 1"),
         (["--resume_from_checkpoint=true"], "holds no complete checkpoint-N"),
         (["--resume_from_checkpoint=nowhere"], "'nowhere' is no complete checkpoint"),
         (["--use_lora", "--lora_target_modules", "q_proj", "lm_head"], "names lm_head.*never be trained"),
     ],
 )
-def test_bad_input(options, message, arguments):
+def test_bad_input(options, message, arguments, throw_away):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         sft(parse([*arguments, *options]))
 
