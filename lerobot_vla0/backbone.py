@@ -5,6 +5,7 @@ Everything that depends on the VLM's family (Qwen2.5-VL for now) stands in this 
 """
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.initialization import no_init_weights
+from transformers.utils import is_flash_attn_2_available
 
 FAMILIES = ("qwen2_5_vl",)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -38,13 +40,23 @@ def read_config(vlm: str | Path, revision: str | None = None) -> Any:
     return config
 
 
+def _attention(attn_implementation: str | None) -> str | None:
+    """PyTorch's attention in place of a flash attention that is not there: the same result, slower."""
+    if attn_implementation == "flash_attention_2" and not is_flash_attn_2_available():
+        logging.warning(
+            "attn_implementation=flash_attention_2 needs the package flash-attn and a GPU: using sdpa."
+        )
+        return "sdpa"
+    return attn_implementation
+
+
 def load_vlm(
     vlm: str | Path, *, revision: str | None, dtype: str, attn_implementation: str | None
 ) -> tuple[nn.Module, Any]:
     """(model with pretrained weights, processor) from a Hub id or folder."""
     read_config(vlm, revision)
     model = AutoModelForImageTextToText.from_pretrained(
-        vlm, revision=revision, dtype=DTYPES[dtype], attn_implementation=attn_implementation
+        vlm, revision=revision, dtype=DTYPES[dtype], attn_implementation=_attention(attn_implementation)
     )
     return model, AutoProcessor.from_pretrained(vlm, revision=revision)
 
@@ -58,7 +70,7 @@ def build_vlm(folder: Path, *, dtype: str, attn_implementation: str | None) -> t
     config = read_config(folder)
     with no_init_weights():
         model = AutoModelForImageTextToText.from_config(
-            config, dtype=DTYPES[dtype], attn_implementation=attn_implementation
+            config, dtype=DTYPES[dtype], attn_implementation=_attention(attn_implementation)
         )
     model.tie_weights()
     return model.eval(), AutoProcessor.from_pretrained(folder)

@@ -357,7 +357,7 @@ def _frames(
             } | {"task": [frame["task"]]}
             if own_actions:
                 normal = normalize._normalize_action(batch["action"], inverse=False)
-                batch = {"action": policy.codec.encode(normal)[0]}
+                batch = {"action": policy.examples.codec.encode(normal)[0]}
             else:
                 batch = preprocess(batch)
             pair.append(batch)
@@ -375,9 +375,7 @@ def _run(policy: VLA0Policy, mode: str, chunks: list[Chunk], masked: bool, lengt
         for key in [*policy.config.camera_keys, "observation.state"]
         if key in chunks[0].inputs
     } | {"task": [chunk.inputs["task"][0] for chunk in chunks]}
-    inputs = policy._inputs(
-        policy._pictures(batch, None), policy.chat.inference_batch(policy._instructions(batch))
-    )
+    inputs = policy.examples.acting_inputs(batch)
     texts = [_symbols(policy.grammar, chunk.integers) for chunk in chunks if chunk.integers is not None]
     if mode in ("plain", "forced", "drafts"):
         return _run_ours(policy, mode, chunks, inputs, texts, masked, length)

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from importlib import import_module
 
 import draccus
-from draccus.utils import DraccusException
+from draccus.utils import DraccusException, ParsingError
 
 
 @dataclass
 class Command:
     module: str  # imported only when the command runs, so that `--help` answers at once
-    config: str
+    config: str | None  # None: the function takes the options as they were typed
     function: str
     help: str
 
@@ -21,6 +21,7 @@ COMMANDS = {
     "eval": Command(
         "libero.evaluate", "EvalConfig", "evaluate", "evaluate a policy on LIBERO as the paper does"
     ),
+    "sft": Command("sft", None, "main", "train with TRL's SFTTrainer, on one GPU or several"),
     "record": Command("libero.record", "RecordConfig", "record", "record episodes of a scripted expert"),
     "bench decode": Command(
         "bench_decode", "BenchDecodeConfig", "bench_decode", "measure decoding against Transformers' generate"
@@ -46,8 +47,9 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     module = import_module(f"lerobot_vla0.{command.module}")
     try:
-        config = _parse(getattr(module, command.config), f"lerobot-vla0 {name}", options)
-        getattr(module, command.function)(config)
+        if command.config is not None:
+            options = parse_options(getattr(module, command.config), f"lerobot-vla0 {name}", options)
+        getattr(module, command.function)(options)
     except (
         DraccusException,
         ValueError,
@@ -59,13 +61,21 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f"lerobot-vla0 {name}: {error}")
 
 
-def _parse(config_class: type, prog: str, args: list[str]) -> object:
-    """draccus with LeRobot's `--policy.path=`, which its configs read from `sys.argv` themselves."""
-    if not hasattr(config_class, "__get_path_fields__"):
-        return draccus.parse(config_class, args=args, prog=prog)
-    from lerobot.configs.parser import filter_path_args
+def parse_options(config_class: type, prog: str, args: list[str]) -> object:
+    """draccus with LeRobot's `--policy.path=`, which its configs read from `sys.argv` themselves.
 
-    sys.argv = [prog, *args]
-    return draccus.parse(
-        config_class, args=filter_path_args(config_class.__get_path_fields__(), args), prog=prog
-    )
+    Raises:
+        ValueError: a config refuses a value; draccus would only say that it could not be made.
+    """
+    options = args
+    if hasattr(config_class, "__get_path_fields__"):
+        from lerobot.configs.parser import filter_path_args
+
+        sys.argv = [prog, *args]
+        options = filter_path_args(config_class.__get_path_fields__(), args)
+    try:
+        return draccus.parse(config_class, args=options, prog=prog)
+    except ParsingError as error:
+        if isinstance(error.__cause__, ValueError) and not isinstance(error.__cause__, DraccusException):
+            raise error.__cause__ from error
+        raise

@@ -1,8 +1,8 @@
 """VLA-0 as a LeRobot policy: a chat with a VLM, made of numbers (arXiv 2510.13054).
 
 Training is supervised fine-tuning on "system prompt, pictures, instruction → integers"; acting is decoding
-the integers under a grammar that admits nothing else. The pieces stand in images.py, prompt.py, decoding.py,
-backbone.py.
+the integers under a grammar that admits nothing else. The pieces stand in examples.py (with images.py and
+prompt.py), decoding.py, backbone.py.
 """
 
 import random
@@ -15,20 +15,19 @@ import torch
 from huggingface_hub import snapshot_download
 from lerobot.configs import PreTrainedConfig
 from lerobot.policies.pretrained import PreTrainedPolicy
-from lerobot.utils.constants import ACTION, OBS_STATE
+from lerobot.utils.constants import OBS_STATE
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from . import backbone, decoding
-from .action_codec import ActionCodec
 from .checkpoints import VLM_FOLDER, check_checkpoint
 from .configuration_vla0 import VLA0Config
 from .drafting import Drafter, Trust
 from .ensembling import TemporalEnsembler
+from .examples import ExampleMaker
 from .grammar import IntegerGrammar
-from .images import prepare_images
 from .processor_vla0 import ACTION_CLIPPED
-from .prompt import IGNORE, ChatFormatter
+from .prompt import IGNORE
 from .prompt_cache import PromptCache, RowCache, encode_prefix
 
 # Symbols; with windows beyond this nothing more was gained on recorded action texts.
@@ -81,12 +80,8 @@ class VLA0Policy(PreTrainedPolicy):
             )
         else:
             self.model, self.vlm_processor = backbone.build_vlm(vlm_folder, **load)
-        multiple = backbone.picture_multiple(self.vlm_processor)
-        if config.image_size % multiple:
-            raise ValueError(
-                f"image_size={config.image_size} must be a multiple of {multiple} for this VLM, for example "
-                f"{max(1, round(config.image_size / multiple)) * multiple}."
-            )
+        self.examples = ExampleMaker(config, self.vlm_processor)
+        self.chat, self.action_dim = self.examples.chat, self.examples.action_dim
         if config.gradient_checkpointing:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if config.freeze_vision:
@@ -98,17 +93,6 @@ class VLA0Policy(PreTrainedPolicy):
         # dtype.
         self.model.to(config.device)
 
-        tiled, cameras = config.tile_images, len(config.camera_keys)
-        self.action_dim = config.action_feature.shape[0]
-        self.chat = ChatFormatter(
-            self.vlm_processor,
-            horizon=config.chunk_size,
-            dim=self.action_dim,
-            num_bins=config.num_bins,
-            num_pictures=1 if tiled else cameras,
-            picture_size=(config.image_size, config.image_size * (cameras if tiled else 1)),
-            add_vision_id=config.add_vision_id,
-        )
         self.grammar = IntegerGrammar(
             config.chunk_size * self.action_dim,
             config.num_bins,
@@ -116,7 +100,6 @@ class VLA0Policy(PreTrainedPolicy):
             self.chat.space_id,
             self.chat.end_id,
         )
-        self.codec = ActionCodec(config.num_bins)
         self.trust = Trust()
         self._row_cache = RowCache()
         # Tokens behind a prompt: the longest answer, and a draft that reaches beyond it.
@@ -127,87 +110,25 @@ class VLA0Policy(PreTrainedPolicy):
     def get_optim_params(self) -> list[nn.Parameter]:
         return [p for p in self.parameters() if p.requires_grad]
 
-    # ------------------------------------------------------------------------------------------------- inputs
+    def _get_default_peft_targets(self) -> dict[str, Any]:
+        """Linear layers of the language model."""
+        return {
+            "target_modules": r".*language_model.*\.(q|k|v|o|gate|up|down)_proj",
+            "modules_to_save": [],
+        }
 
-    def _rows(self, batch: dict[str, Any]) -> int:
-        missing = [key for key in self.config.camera_keys if key not in batch]
-        if missing:
-            present = sorted(key for key in batch if key.startswith("observation.image"))
-            raise ValueError(
-                f"the batch lacks the camera images {missing}; it has {present}. Rename cameras with "
-                "--rename_map, or train on the cameras that the robot or environment has "
-                "(--policy.cameras)."
-            )
-        if "task" not in batch:
-            raise ValueError(
-                "the batch has no 'task': VLA-0 needs one instruction per row. Use a data set whose "
-                "episodes have tasks, or add batch['task'] = [instruction, ...]."
-            )
-        return len(batch[self.config.camera_keys[0]])
+    def _validate_peft_config(self, peft_config: Any) -> None:
+        """LeRobot's wants a trained policy; VLA-0 starts from a trained VLM."""
 
-    def _pictures(self, batch: dict[str, Any], generator: torch.Generator | None) -> Tensor:
-        """uint8 (B, N, 3, H, W) from the batch's camera images, augmented if a generator is given."""
-        config, keys = self.config, self.config.camera_keys
-        self._rows(batch)
-        for key in keys:
-            if batch[key].ndim != 4 or batch[key].shape[1] != 3 or not batch[key].is_floating_point():
-                raise ValueError(
-                    f"{key} must be a float tensor (B, 3, H, W) in [0, 1], got {batch[key].dtype} of shape "
-                    f"{tuple(batch[key].shape)}."
-                )
-            if min(batch[key].shape[-2:]) < config.image_size:
-                raise ValueError(
-                    f"{key} is {batch[key].shape[-2]}×{batch[key].shape[-1]} pixels, smaller than the crop "
-                    f"of image_size={config.image_size}: it would have to be enlarged. Lower image_size."
-                )
-        return prepare_images(
-            [batch[key] for key in keys],
-            size=config.image_size,
-            crop_ratio=config.crop_ratio,
-            tile=config.tile_images,
-            antialias=config.resize_antialias,
-            jitter=config.jitter,
-            generator=generator,
-        )
-
-    def _instructions(self, batch: dict[str, Any]) -> list[str]:
-        rows = self._rows(batch)
-        tasks = [batch["task"]] if isinstance(batch["task"], str) else list(batch["task"])
-        if len(tasks) != rows:
-            raise ValueError(f"the batch has {rows} images but {len(tasks)} tasks: {tasks[:3]}.")
-        if self.config.use_state:
-            bins, _ = self.codec.encode(batch[OBS_STATE])
-            tasks = [f"{t}\nState: {self.codec.to_text(b)}" for t, b in zip(tasks, bins, strict=True)]
-        return tasks
-
-    def _inputs(self, pictures: Tensor, tokens: dict[str, Tensor]) -> dict[str, Tensor]:
-        inputs = {key: tokens[key].to(pictures.device) for key in ("input_ids", "attention_mask")}
-        return inputs | backbone.vision_inputs(self.vlm_processor, pictures, inputs["input_ids"])
+    # ----------------------------------------------------------------------------------------------- training
 
     def training_inputs(self, batch: dict[str, Any]) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """The supervised fine-tuning example: (model inputs, labels (B, T), place values (B, T)).
 
         Augmented if and only if the policy is in training mode.
         """
-        bins = batch[ACTION]
-        expected = (self.config.chunk_size, self.action_dim)
-        if bins.is_floating_point() or tuple(bins.shape[1:]) != expected:
-            raise ValueError(
-                f"action must be integer bins of shape (B, {expected[0]}, {expected[1]}), got {bins.dtype} "
-                f"of shape {tuple(bins.shape)}. Pass the batch through the policy's preprocessor first."
-            )
         generator = self._augmentation_generator() if self.training else None
-        pictures = self._pictures(batch, generator)
-        tokens = self.chat.training_batch(
-            self._instructions(batch),
-            bins,
-            padded_steps=batch.get(f"{ACTION}_is_pad") if self.config.do_mask_loss_for_padding else None,
-            mask_prob=self.config.action_mask_prob,
-            mask_skip_prob=self.config.action_mask_skip_prob,
-            generator=generator,
-        )
-        device = pictures.device
-        return self._inputs(pictures, tokens), tokens["labels"].to(device), tokens["places"].to(device)
+        return self.examples.training_inputs(batch, generator)
 
     @staticmethod
     def _augmentation_generator() -> torch.Generator:
@@ -219,8 +140,6 @@ class VLA0Policy(PreTrainedPolicy):
         """
         rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
         return torch.Generator().manual_seed(random.getrandbits(62) + rank)
-
-    # ----------------------------------------------------------------------------------------------- training
 
     def forward(self, batch: dict[str, Any], reduction: str = "mean") -> tuple[Tensor, dict[str, Any]]:
         """Cross-entropy of the answer's tokens.
@@ -304,7 +223,7 @@ class VLA0Policy(PreTrainedPolicy):
         return Drafter(self.grammar, self.action_dim, length, worth, trust)
 
     def _environments_of(self, batch: dict[str, Any]) -> list["Environment"]:
-        rows = self._rows(batch)
+        rows = self.examples.rows(batch)
         if len(self._environments) != rows:
             self.reset()
             self._environments = [Environment(self) for _ in range(rows)]
@@ -329,8 +248,7 @@ class VLA0Policy(PreTrainedPolicy):
         if training:
             self.eval()
         try:
-            tokens = self.chat.inference_batch(self._instructions(batch))
-            inputs = self._inputs(self._pictures(batch, None), tokens)
+            inputs = self.examples.acting_inputs(batch)
             cache = self.prompt_cache(inputs)
             drafters = [environment.drafter for environment in environments]
             if self.config.temperature > 0:
@@ -409,7 +327,7 @@ class VLA0Policy(PreTrainedPolicy):
         # After a reset of some rows, they look again at other times than the rest.
         rows = [row for row, environment in enumerate(environments) if not environment.queue]
         if rows:
-            self._instructions(batch)  # raises if their number does not fit
+            self.examples.instructions(batch)  # raises if their number does not fit
             tasks = [batch["task"]] if isinstance(batch["task"], str) else batch["task"]
             looks = {key: batch[key][rows] for key in (*config.camera_keys, OBS_STATE) if key in batch}
             looks["task"] = [tasks[row] for row in rows]

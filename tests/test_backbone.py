@@ -72,3 +72,13 @@ def test_not_a_vlm(tmp_path):
 def test_nothing_there(tmp_path):
     with pytest.raises(ValueError, match="no vision-language model could be read there"):
         backbone.load_vlm(tmp_path / "nowhere", revision=None, dtype="float32", attn_implementation=None)
+
+
+def test_flash_attention_falls_back_with_one_line(tiny_vlm, caplog):
+    """None is installed here; the checkpoint keeps the wish for machines that have it."""
+    model, _ = backbone.load_vlm(
+        tiny_vlm, revision=None, dtype="float32", attn_implementation="flash_attention_2"
+    )
+    assert model.config._attn_implementation == "sdpa"
+    warnings = [r.getMessage() for r in caplog.records if "flash" in r.getMessage()]
+    assert len(warnings) == 1 and "using sdpa" in warnings[0]

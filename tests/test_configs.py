@@ -1,4 +1,4 @@
-"""Each file in configs/ is a configuration that LeRobot's trainer parses."""
+"""Each file in configs/ is a configuration that LeRobot's trainer, or TRL's (sft_*.yaml), parses."""
 
 import draccus
 import pytest
@@ -6,8 +6,10 @@ from conftest import ROOT
 from lerobot.configs.train import TrainPipelineConfig
 
 from lerobot_vla0 import VLA0Config
+from lerobot_vla0.sft_options import parse
 
 FILES = sorted((ROOT / "configs").glob("*train*.yaml"))
+SFT_FILES = sorted((ROOT / "configs").glob("sft_*.yaml"))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
@@ -19,7 +21,23 @@ def test_parses(path, monkeypatch, tmp_path):
     config.validate()
 
 
-def test_libero_recipe_is_the_papers():
-    config = draccus.parse(TrainPipelineConfig, config_path=ROOT / "configs/train_libero.yaml", args=[])
-    assert (config.batch_size * 8, config.policy.optimizer_lr) == (64, 4e-5)
+@pytest.mark.parametrize("path", SFT_FILES, ids=lambda p: p.name)
+def test_sft_parses(path):
+    arguments = parse(["--config", str(path), "--use_cpu", "--bf16=false"])
+    training = arguments.training
+    gpus = 8 if path.name == "sft_libero.yaml" else 1
+    assert training.per_device_train_batch_size * training.gradient_accumulation_steps * gpus == 64
+    assert arguments.dataset.repo_id == "lerobot/libero"
+    assert arguments.policy.vlm == "Qwen/Qwen2.5-VL-3B-Instruct" and arguments.policy.dtype == "bfloat16"
+    assert training.learning_rate == (4e-4 if arguments.options.use_lora else 4e-5)
+
+
+def test_every_file_is_tested():
+    assert {*FILES, *SFT_FILES} == set((ROOT / "configs").glob("*"))
+
+
+@pytest.mark.parametrize(("name", "gpus"), [("train_libero", 8), ("train_libero_1gpu", 1)])
+def test_libero_recipe_is_the_papers(name, gpus):
+    config = draccus.parse(TrainPipelineConfig, config_path=ROOT / f"configs/{name}.yaml", args=[])
+    assert (config.batch_size * gpus, config.policy.optimizer_lr) == (64, 4e-5)
     assert config.policy.vlm == "Qwen/Qwen2.5-VL-3B-Instruct" and config.policy.chunk_size == 8

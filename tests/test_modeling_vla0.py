@@ -310,12 +310,12 @@ def test_untiled_cameras_order_and_state(tiny_vlm, processors):
     config = make_config(tiny_vlm, tile_images=False, cameras=keys, use_state=True)
     policy = VLA0Policy(config).eval()
     batch = processors[0](make_batch(rows=2))
-    pictures = policy._pictures(batch, None)
+    pictures = policy.examples.pictures(batch, None)
     assert pictures.shape == (2, 2, 3, 56, 56)
     crop = batch[keys[0]][..., 4:60, 4:60]
     assert torch.equal(pictures[:, 0], (crop * 255).round().byte())
     text = policy.vlm_processor.tokenizer.decode(
-        policy.chat.inference_batch(policy._instructions(batch))["input_ids"][0]
+        policy.chat.inference_batch(policy.examples.instructions(batch))["input_ids"][0]
     )
     assert "Picture 2: " in text and "in the basket\nState: " in text
     assert len(text.split("State: ")[1].split("<")[0].split()) == 8

@@ -1,0 +1,39 @@
+import pickle
+
+import pytest
+import torch
+from conftest import make_batch, observation
+
+from lerobot_vla0.examples import ExampleMaker
+from lerobot_vla0.prompt import IGNORE
+
+
+def test_policy_acts_and_trains_on_these_examples(policy, processors):
+    batch = processors[0](make_batch())
+    alone = ExampleMaker(policy.config, policy.vlm_processor)
+    inputs, labels, places = alone.training_inputs(batch, None)
+    for key, value in policy.training_inputs(batch)[0].items():
+        assert torch.equal(inputs[key], value)
+    answer = labels[0][labels[0] != IGNORE]
+    text = policy.vlm_processor.tokenizer.decode(answer)
+    assert text.split("<")[0].split() == [str(v) for v in batch["action"][0].flatten().tolist()]
+    assert places.shape == labels.shape == inputs["input_ids"].shape
+    prompt = alone.acting_inputs(observation(batch))["input_ids"]
+    assert torch.equal(prompt[0], inputs["input_ids"][0, : prompt.shape[1]])
+
+
+def test_a_workers_copy_makes_the_same_examples(policy, processors):
+    batch = processors[0](make_batch())
+    copy = pickle.loads(pickle.dumps(policy.examples))
+    one, two = (
+        maker.training_inputs(batch, torch.Generator().manual_seed(3)) for maker in (policy.examples, copy)
+    )
+    assert torch.equal(one[1], two[1]) and all(torch.equal(one[0][k], two[0][k]) for k in one[0])
+    other = copy.training_inputs(batch, torch.Generator().manual_seed(4))
+    assert not torch.equal(one[0]["pixel_values"], other[0]["pixel_values"])
+
+
+def test_action_of_another_shape(policy, processors):
+    batch = processors[0](make_batch(chunk_size=4))
+    with pytest.raises(ValueError, match=r"action must be integer bins of shape \(B, 8, 7\)"):
+        policy.examples.training_inputs(batch, None)
