@@ -30,8 +30,10 @@ from .processor_vla0 import ACTION_CLIPPED
 from .prompt import IGNORE
 from .prompt_cache import PromptCache, RowCache, encode_prefix
 
-# Symbols; with windows beyond this nothing more was gained on recorded action texts.
-MAX_DRAFT = 31
+# Longest draft in symbols, and the chance below which a further one is not worth its cost. On two CPU cores each
+# further token of a pass took 3 % of what the first one takes (`bench decode`, 0.5 billion parameters), and a
+# right one saves about a fifth of a pass. On a GPU a pass takes as long as reading the weights does.
+DRAFTS = {"cpu": (31, 0.15), "cuda": (63, 0.02)}
 
 
 class Environment:
@@ -216,10 +218,7 @@ class VLA0Policy(PreTrainedPolicy):
         """A drafter for one row, of the length that `config.draft_length` asks for."""
         length, worth = self.config.draft_length, 0.0
         if length is None:
-            # On two CPU cores each further token of a pass took 3 % of what the first one takes (`bench
-            # decode`, 0.5 billion parameters) and a right one saved a fifth of a pass; on a GPU a token more
-            # costs next to nothing.
-            length, worth = MAX_DRAFT, 0.02 if self.model.device.type == "cuda" else 0.15
+            length, worth = DRAFTS["cpu" if self.model.device.type == "cpu" else "cuda"]
         return Drafter(self.grammar, self.action_dim, length, worth, trust)
 
     def _environments_of(self, batch: dict[str, Any]) -> list["Environment"]:
