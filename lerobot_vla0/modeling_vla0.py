@@ -27,6 +27,7 @@ from .drafting import Drafter
 from .ensembling import TemporalEnsembler
 from .grammar import IntegerGrammar
 from .images import prepare_images
+from .loss import linear_cross_entropy
 from .processor_vla0 import ACTION_CLIPPED
 from .prompt import IGNORE, ChatFormatter
 
@@ -244,9 +245,13 @@ class VLA0Policy(PreTrainedPolicy):
         labels, places = labels[:, 1:], places[:, 1:]
         supervised = labels != IGNORE
         targets = labels[supervised]  # (N,)
-        logits = self.model.lm_head(hidden[:, :-1][supervised]).float()  # (N, vocabulary)
-        losses = nn.functional.cross_entropy(logits, targets, reduction="none")
-        metrics = self._metrics(logits.detach(), targets, supervised, places)
+        losses, predicted, digits = linear_cross_entropy(
+            hidden[:, :-1][supervised],
+            self.model.lm_head.weight,
+            targets,
+            torch.tensor(self.chat.digit_ids, device=targets.device),
+        )
+        metrics = self._metrics(predicted, digits, targets, supervised, places)
         if ACTION_CLIPPED in batch:
             metrics[ACTION_CLIPPED] = batch[ACTION_CLIPPED].mean().item()
         if reduction == "mean":
@@ -257,14 +262,14 @@ class VLA0Policy(PreTrainedPolicy):
 
     @torch.no_grad()
     def _metrics(
-        self, logits: Tensor, targets: Tensor, supervised: Tensor, places: Tensor
+        self, predicted: Tensor, digits: Tensor, targets: Tensor, supervised: Tensor, places: Tensor
     ) -> dict[str, float]:
-        digit_ids = torch.tensor(self.chat.digit_ids, device=logits.device)
-        predicted = logits[:, digit_ids].argmax(-1)
+        """Of the most likely token and the most likely digit 0..9 at each of N supervised positions."""
+        digit_ids = torch.tensor(self.chat.digit_ids, device=targets.device)
         true = (targets[:, None] == digit_ids).float().argmax(-1)  # 0 where the target is no digit
         # Each supervised digit contributes (predicted - true) · place value to the integer it belongs to.
-        error = torch.zeros(places.shape, device=logits.device)
-        error[supervised] = (predicted - true) * places[supervised].float()
+        error = torch.zeros(places.shape, device=targets.device)
+        error[supervised] = (digits - true) * places[supervised].float()
         integer = (places == 0).cumsum(
             1
         )  # the same number on all digits of an integer, another on the next's
@@ -272,10 +277,10 @@ class VLA0Policy(PreTrainedPolicy):
         def per_integer(values: Tensor) -> Tensor:
             return values.new_zeros(len(values), values.shape[1] + 1).scatter_add(1, integer, values)
 
-        digits, hidden = per_integer((places > 0).float()), per_integer(((places > 0) & ~supervised).float())
-        whole = per_integer(error).abs()[(digits > 0) & (hidden == 0)]
+        length, hidden = per_integer((places > 0).float()), per_integer(((places > 0) & ~supervised).float())
+        whole = per_integer(error).abs()[(length > 0) & (hidden == 0)]
         return {
-            "token_accuracy": (logits.argmax(-1) == targets).float().mean().item(),
+            "token_accuracy": (predicted == targets).float().mean().item(),
             "action_error_bins": whole.mean().item() if len(whole) else 0.0,
         }
 

@@ -28,7 +28,13 @@ def test_loss_is_transformers_loss(policy, processors):
     batch = processors[0](make_batch())
     inputs, labels, _ = policy.training_inputs(batch)
     loss, metrics = policy(batch)
-    assert loss.item() == pytest.approx(policy.model(**inputs, labels=labels).loss.item(), rel=1e-5)
+    theirs = policy.model(**inputs, labels=labels).loss
+    assert loss.item() == pytest.approx(theirs.item(), rel=1e-5)
+    parameters = list(policy.model.model.language_model.parameters())
+    for ours, other in zip(
+        torch.autograd.grad(loss, parameters), torch.autograd.grad(theirs, parameters), strict=True
+    ):
+        torch.testing.assert_close(ours, other, rtol=1e-4, atol=1e-6)
     assert set(metrics) == {"token_accuracy", "action_error_bins", "action_clipped"}
 
 
@@ -94,19 +100,10 @@ def test_metrics_on_known_predictions(policy):
     labels = torch.tensor([[digit[4], digit[0], digit[7], space, digit[9], space, IGNORE, digit[2]]])
     places = torch.tensor([[100, 10, 1, 0, 1, 0, 10, 1]])
     supervised = labels != IGNORE
-    predicted = [
-        digit[3],
-        digit[0],
-        digit[9],
-        space,
-        digit[9],
-        digit[1],
-        digit[0],
-    ]  # 407→309, 9→9, a space missed
-    logits = torch.nn.functional.one_hot(
-        torch.tensor(predicted), policy.model.config.text_config.vocab_size
-    ).float()
-    metrics = policy._metrics(logits, labels[supervised], supervised, places)
+    digits = torch.tensor([3, 0, 9, 5, 9, 1, 0])  # 407→309, 9→9; at a space any
+    predicted = torch.tensor(digit)[digits]
+    predicted[3] = space  # the second space is missed
+    metrics = policy._metrics(predicted, digits, labels[supervised], supervised, places)
     assert metrics["action_error_bins"] == pytest.approx((98 + 0) / 2)
     assert metrics["token_accuracy"] == pytest.approx(3 / 7)
 
