@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 from transformers.initialization import no_init_weights
+from transformers.utils import is_bitsandbytes_available
 
 FAMILIES = ("qwen2_5_vl",)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -40,12 +41,37 @@ def read_config(vlm: str | Path, revision: str | None = None) -> Any:
 
 
 def load_vlm(
-    vlm: str | Path, *, revision: str | None, dtype: str, attn_implementation: str | None
+    vlm: str | Path,
+    *,
+    revision: str | None,
+    dtype: str,
+    attn_implementation: str | None,
+    load_in_4bit: bool = False,
 ) -> tuple[nn.Module, Any]:
-    """(model with pretrained weights, processor) from a Hub id or folder."""
+    """(model with pretrained weights, processor) from a Hub id or folder.
+
+    Raises:
+        ImportError: `load_in_4bit` without bitsandbytes.
+    """
     read_config(vlm, revision)
+    settings: dict[str, Any] = {}
+    if load_in_4bit:
+        if not is_bitsandbytes_available():
+            raise ImportError(
+                'load_in_4bit=True needs bitsandbytes: pip install "lerobot_policy_vla0[qlora]". Or set '
+                "load_in_4bit=false."
+            )
+        # QLoRA's settings (arXiv 2305.14314, section 3). The vision encoder gets no adapter that could make
+        # up for the rounding, and the head's own weights are read when acting.
+        settings["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=DTYPES[dtype],
+            llm_int8_skip_modules=["model.visual", "lm_head"],
+        )
     model = AutoModelForImageTextToText.from_pretrained(
-        vlm, revision=revision, dtype=DTYPES[dtype], attn_implementation=attn_implementation
+        vlm, revision=revision, dtype=DTYPES[dtype], attn_implementation=attn_implementation, **settings
     )
     return model, AutoProcessor.from_pretrained(vlm, revision=revision)
 

@@ -34,6 +34,9 @@ class VLA0Config(PreTrainedConfig):
     gradient_checkpointing: bool = False
     # Leave the vision encoder as it is and train the language model only.
     freeze_vision: bool = False
+    # Load the language model of `vlm` in 4 bits, to train an adapter on it (QLoRA: with --peft.*; needs the
+    # extra [qlora]).
+    load_in_4bit: bool = False
     # torch.compile the language model in training. Pays off on GPUs in long runs; the first steps are slow.
     compile_model: bool = False
 

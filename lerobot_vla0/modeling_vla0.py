@@ -5,9 +5,11 @@ the integers under a grammar that admits nothing else. The pieces stand in image
 backbone.py.
 """
 
+import logging
 import random
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,7 +23,14 @@ from torch import Tensor, nn
 
 from . import backbone, decoding
 from .action_codec import ActionCodec
-from .checkpoints import VLM_FOLDER, check_checkpoint
+from .checkpoints import (
+    ADAPTER_CONFIG,
+    VLM_FOLDER,
+    check_adapter,
+    check_checkpoint,
+    import_peft,
+    is_bare_vlm,
+)
 from .configuration_vla0 import VLA0Config
 from .drafting import Drafter
 from .ensembling import TemporalEnsembler
@@ -81,7 +90,11 @@ class VLA0Policy(PreTrainedPolicy):
         load = {"dtype": config.dtype, "attn_implementation": config.attn_implementation}
         if vlm_folder is None:
             self.model, self.vlm_processor = backbone.load_vlm(
-                config.vlm, revision=config.vlm_revision, **load
+                config.vlm, revision=config.vlm_revision, load_in_4bit=config.load_in_4bit, **load
+            )
+        elif config.load_in_4bit:
+            raise ValueError(
+                "load_in_4bit=True starts from a VLM, not from a VLA-0 checkpoint. Set load_in_4bit=false."
             )
         else:
             self.model, self.vlm_processor = backbone.build_vlm(vlm_folder, **load)
@@ -127,7 +140,54 @@ class VLA0Policy(PreTrainedPolicy):
         self.reset()
 
     def get_optim_params(self) -> list[nn.Parameter]:
+        if self.config.load_in_4bit and not self.config.use_peft:
+            raise ValueError(
+                "load_in_4bit=True: weights of 4 bits cannot be trained themselves. Train an adapter on them "
+                "(--peft.method_type=LORA), or set load_in_4bit=false."
+            )
         return [p for p in self.parameters() if p.requires_grad]
+
+    # --------------------------------------------------------------------------------------------------- PEFT
+
+    def wrap_with_peft(
+        self, peft_config: Any = None, peft_cli_overrides: dict[str, Any] | None = None
+    ) -> nn.Module:
+        """The policy as a PEFT model (`lerobot-train --peft.*`), fresh or from a checkpoint; only the adapter
+        is trained and saved. The adapter remembers its base, the VLM or the checkpoint.
+
+        Raises:
+            ImportError: peft is not installed.
+            ValueError: the targets include the language model's head.
+        """
+        import_peft()
+        wrapped = super().wrap_with_peft(peft_config, peft_cli_overrides)
+        if type(self.model.lm_head) is not nn.Linear:
+            raise ValueError(
+                "peft.target_modules (or full_training_modules) includes lm_head: acting computes a few rows "
+                "of its own weights and would leave the adapter out. Choose layers below it; the default is "
+                f"{self._get_default_peft_targets()['target_modules']!r}."
+            )
+        config, saved = self.config, wrapped.active_peft_config
+        if config.pretrained_path:
+            base, saved.revision = str(config.pretrained_path), config.pretrained_revision
+        else:
+            base, saved.revision = config.vlm, config.vlm_revision
+        # A relative path would mean another folder to a process that starts elsewhere.
+        saved.base_model_name_or_path = str(Path(base).resolve()) if Path(base).is_dir() else base
+        trained, total = wrapped.get_nb_trainable_parameters()
+        logging.info(f"PEFT trains {trained:,} of {total:,} parameters ({100 * trained / total:.2f} %).")
+        return wrapped
+
+    def _get_default_peft_targets(self) -> dict[str, Any]:
+        # All linear layers of the language model, as in QLoRA (arXiv 2305.14314, section 4); of the vision
+        # encoder none.
+        return {
+            "target_modules": r".*language_model\.layers\.\d+\."
+            r"(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
+        }
+
+    def _validate_peft_config(self, peft_config: Any) -> None:
+        """LeRobot refuses adapters on a fresh policy; here it is a pretrained VLM."""
 
     # ------------------------------------------------------------------------------------------------- inputs
 
@@ -425,31 +485,72 @@ class VLA0Policy(PreTrainedPolicy):
     ) -> Self:
         """Loads a checkpoint folder or Hub repo; needs neither the base VLM nor, for a folder, the network.
 
+        An adapter checkpoint needs its base and is folded into it. A bare VLM gives a fresh policy (what
+        LeRobot asks for when it loads an adapter that was trained on one).
+
         Raises:
             FileNotFoundError: a file of the checkpoint is missing.
             ValueError: weights are truncated or do not fit, the action statistics are missing, or `config`
                 disagrees with the checkpoint in the action dimension or `num_bins`.
         """
-        folder = Path(pretrained_name_or_path)
-        if not folder.is_dir():
-            folder = Path(
-                snapshot_download(
-                    str(pretrained_name_or_path),
-                    revision=revision,
-                    cache_dir=cache_dir,
-                    force_download=force_download,
-                    local_files_only=local_files_only,
-                    token=token,
-                    allow_patterns=["*.json", "*.safetensors"],
+        hub = {
+            "revision": revision,
+            "cache_dir": cache_dir,
+            "force_download": force_download,
+            "local_files_only": local_files_only,
+            "token": token,
+        }
+        path = str(pretrained_name_or_path)
+        # LeRobot loads an adapter's base with the adapter's config.
+        adapter = config.pretrained_path if config is not None and config.use_peft else None
+        adapter = None if str(adapter) == path else adapter
+        try:
+            bare = is_bare_vlm(path, **hub)
+        except FileNotFoundError as error:
+            if adapter is None:
+                raise
+            raise FileNotFoundError(
+                f"the base of the adapter {adapter} is not there: {error} If it has moved, correct "
+                f"base_model_name_or_path in {ADAPTER_CONFIG}."
+            ) from error
+        if bare:
+            if config is None:
+                raise ValueError(
+                    f"{path} holds a VLM and no policy. Train one: --policy.type=vla0 --policy.vlm={path}"
                 )
+            config.vlm, config.vlm_revision = path, revision
+            policy = cls(config, **kwargs).eval()
+        else:
+            folder = Path(path)
+            if not folder.is_dir():
+                folder = Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors"], **hub))
+            saved = PreTrainedConfig.from_pretrained(folder)
+            config = saved if config is None else config
+            if (folder / ADAPTER_CONFIG).is_file():
+                return cls._from_adapter(folder, config, **kwargs)
+            check_checkpoint(folder, saved, config)
+            # strict: LeRobot's default only warns about missing weights, and the policy would act at random.
+            policy = super().from_pretrained(
+                folder, config=config, strict=strict, vlm_folder=folder / VLM_FOLDER, **kwargs
             )
-        saved = PreTrainedConfig.from_pretrained(folder)
-        config = saved if config is None else config
-        check_checkpoint(folder, saved, config)
-        # strict: LeRobot's default only warns about missing weights, and the policy would act at random.
-        return super().from_pretrained(
-            folder, config=config, strict=strict, vlm_folder=folder / VLM_FOLDER, **kwargs
+        if adapter is not None:
+            check_adapter(policy, adapter, path, revision=config.pretrained_revision)
+        return policy
+
+    @classmethod
+    def _from_adapter(cls, folder: Path, config: VLA0Config, **kwargs: Any) -> Self:
+        """A plain policy, the adapter folded into the weights. (LeRobot's `make_policy` gives a `PeftModel`,
+        which can go on training, and calls `from_pretrained` with the base.)"""
+        peft = import_peft()
+        adapter = peft.PeftConfig.from_pretrained(folder)
+        # Folding into 4-bit weights would round what was learnt.
+        config = replace(config, use_peft=True, pretrained_path=folder, load_in_4bit=False)
+        policy = cls.from_pretrained(
+            adapter.base_model_name_or_path, config=config, revision=adapter.revision, **kwargs
         )
+        policy = peft.PeftModel.from_pretrained(policy, folder).merge_and_unload()
+        config.use_peft, config.pretrained_path = False, None
+        return policy.eval()
 
     @classmethod
     def _load_as_safetensor(cls, model: Self, model_file: str, map_location: str, strict: bool) -> Self:
