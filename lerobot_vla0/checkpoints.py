@@ -116,6 +116,11 @@ def check_checkpoint(folder: Path, saved: PreTrainedConfig, config: PreTrainedCo
             f"num_bins={config.num_bins} differs from the checkpoint's {saved.num_bins} ({folder}): the "
             "model and its processors count on the latter. Leave num_bins out."
         )
+    if saved.action_norm != config.action_norm:
+        raise ValueError(
+            f"action_norm={config.action_norm!r} differs from the checkpoint's {saved.action_norm!r} "
+            f"({folder}): the integers would mean other actions. Leave action_norm out."
+        )
     # A postprocessor without statistics would pass [-1, 1] on to the robot without a word.
     postprocessor = folder / f"{POLICY_POSTPROCESSOR_DEFAULT_NAME}.json"
     if not postprocessor.is_file():

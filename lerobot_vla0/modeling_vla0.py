@@ -8,7 +8,7 @@ backbone.py.
 import logging
 import random
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -37,8 +37,9 @@ from .ensembling import TemporalEnsembler
 from .grammar import IntegerGrammar
 from .images import prepare_images
 from .loss import linear_cross_entropy
-from .processor_vla0 import ACTION_CLIPPED
+from .processor_vla0 import ACTION_CLIPPED, STATISTICS
 from .prompt import IGNORE, ChatFormatter
+from .task_stats import TASK_RANGE, add_task_statistics
 
 
 class Environment:
@@ -71,7 +72,9 @@ class VLA0Policy(PreTrainedPolicy):
     Args:
         config: with `input_features` and `output_features` filled in (LeRobot's `make_policy` does).
         vlm_folder: build the VLM, without weights, from this folder instead of loading `config.vlm`.
-        dataset_stats, dataset_meta: given by LeRobot; not used, statistics live in the processors.
+        dataset_stats: given by LeRobot; not used, statistics live in the processors.
+        dataset_meta: given by LeRobot; with `action_norm="task"`, the statistics of each task are added to
+            `dataset_meta.stats`, which the processors get.
     """
 
     config_class = VLA0Config
@@ -87,6 +90,9 @@ class VLA0Policy(PreTrainedPolicy):
     ) -> None:
         super().__init__(config)
         config.validate_features()
+        if config.action_norm == "task" and dataset_meta is not None:
+            names = STATISTICS[config.normalization_mapping["ACTION"]]
+            add_task_statistics(dataset_meta, names, config.num_bins)
         load = {"dtype": config.dtype, "attn_implementation": config.attn_implementation}
         if vlm_folder is None:
             self.model, self.vlm_processor = backbone.load_vlm(
@@ -402,12 +408,13 @@ class VLA0Policy(PreTrainedPolicy):
                 drafters=drafters,
                 temperature=self.config.temperature,
             )
+            to_bins = self._bins_of_data_set(batch)
             given = 0
             for decoded in writing:
                 integers = decoded.integers
                 while given < steps and all(len(row) >= (given + 1) * self.action_dim for row in integers):
                     step = [row[given * self.action_dim :][: self.action_dim] for row in integers]
-                    yield torch.tensor(step, dtype=torch.float32, device=inputs["input_ids"].device)
+                    yield to_bins(torch.tensor(step, dtype=torch.float32, device=inputs["input_ids"].device))
                     given += 1
         finally:
             if training:
@@ -415,6 +422,20 @@ class VLA0Policy(PreTrainedPolicy):
         for drafter, answer in zip(drafters, integers, strict=True):
             executed = min(steps, self.config.n_action_steps)
             drafter.remember(answer[: steps * self.action_dim], executed)
+
+    def _bins_of_data_set(self, batch: dict[str, Any]) -> Callable[[Tensor], Tensor]:
+        """Integers as written, (B, D) → bins of the data set's range, which the postprocessor knows: the
+        same, or, with `action_norm="task"`, fractions."""
+        if self.config.action_norm == "dataset":
+            return lambda integers: integers
+        if TASK_RANGE not in batch:
+            raise ValueError(
+                f"the batch has no {TASK_RANGE!r}, by which action_norm='task' reads integers. Pass the "
+                "batch through the policy's preprocessor first."
+            )
+        low, high = ((batch[TASK_RANGE].float() + 1) / 2 * self.config.num_bins).unbind(1)
+        width = (high - low) / self.config.num_bins
+        return lambda integers: low.to(integers.device) + integers * width.to(integers.device)
 
     def _prompt_prefix(self, inputs: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
         """Keys and values of what every prompt begins with, the words before the first picture; kept until
@@ -453,7 +474,9 @@ class VLA0Policy(PreTrainedPolicy):
         rows = [row for row, environment in enumerate(environments) if not environment.queue]
         if rows:
             tasks = [batch["task"]] if isinstance(batch["task"], str) else batch["task"]
-            looks = {key: batch[key][rows] for key in (*config.camera_keys, OBS_STATE) if key in batch}
+            looks = {
+                key: batch[key][rows] for key in (*config.camera_keys, OBS_STATE, TASK_RANGE) if key in batch
+            }
             looks["task"] = [tasks[row] for row in rows]
             # Later chunks are averaged with what this one says about their timesteps.
             steps = min(config.chunk_size, config.n_action_steps * config.ensemble_size)
