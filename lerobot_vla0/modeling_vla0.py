@@ -305,7 +305,15 @@ class VLA0Policy(PreTrainedPolicy):
         """
         if reduction not in ("mean", "none"):
             raise ValueError(f"reduction must be 'mean' or 'none', got {reduction!r}.")
-        inputs, labels, places = self.training_inputs(batch)
+        loss, metrics = self.example_loss(*self.training_inputs(batch), reduction)
+        if ACTION_CLIPPED in batch:
+            metrics[ACTION_CLIPPED] = batch[ACTION_CLIPPED].mean().item()
+        return loss, metrics
+
+    def example_loss(
+        self, inputs: dict[str, Tensor], labels: Tensor, places: Tensor, reduction: str = "mean"
+    ) -> tuple[Tensor, dict[str, float]]:
+        """`forward` behind `training_inputs`: the loss and what is logged of the model's predictions."""
         hidden = backbone.hidden_states(self.model, inputs)
         # The token at position t is predicted at t - 1; logits are computed for supervised positions only.
         labels, places = labels[:, 1:], places[:, 1:]
@@ -318,8 +326,6 @@ class VLA0Policy(PreTrainedPolicy):
             torch.tensor(self.chat.digit_ids, device=targets.device),
         )
         metrics = self._metrics(predicted, digits, targets, supervised, places)
-        if ACTION_CLIPPED in batch:
-            metrics[ACTION_CLIPPED] = batch[ACTION_CLIPPED].mean().item()
         if reduction == "mean":
             return losses.mean(), metrics
         rows = supervised.nonzero()[:, 0]
