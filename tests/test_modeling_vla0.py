@@ -128,6 +128,23 @@ def test_freeze_vision_and_gradient_checkpointing(tiny_vlm, processors):
     assert torch.allclose(*gradients, atol=1e-6)
 
 
+def test_attention_backend_and_kind_of_checkpointing_are_honoured(tiny_vlm, processors, tmp_path):
+    batch = processors[0](make_batch(rows=2))
+    losses = []
+    for name in ("eager", "sdpa"):
+        config = make_config(tiny_vlm, attn_implementation=name, gradient_checkpointing=True)
+        policy = VLA0Policy(config)
+        policy.save_pretrained(tmp_path / name)
+        for model in (policy.model, VLA0Policy.from_pretrained(tmp_path / name).model):
+            for part in (model.model.language_model, model.model.visual):
+                assert part.config._attn_implementation == name
+            layer = model.model.language_model.layers[0]
+            assert layer.gradient_checkpointing
+            assert layer._gradient_checkpointing_func.keywords == {"use_reentrant": False}
+        losses.append(policy.eval()(batch)[0].item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 @pytest.mark.slow
 def test_compiled_model_gives_the_same(tiny_vlm, processors):
