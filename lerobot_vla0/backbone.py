@@ -117,15 +117,26 @@ def vision_inputs(processor: Any, pictures: Tensor, input_ids: Tensor) -> dict[s
         pictures: uint8 (B, N, 3, H, W), on the model's device; H and W are multiples of `picture_multiple`.
         input_ids: (B, T), with the image tokens of N pictures in each row.
     """
-    image_processor = processor.image_processor
-    # Transformers' own image processor, on tensors: it groups equal shapes and normalises and patchifies them
-    # as one batch on their device.
-    vision = image_processor(
-        images=list(pictures.flatten(0, 1)), do_resize=False, device=pictures.device, return_tensors="pt"
+    settings, pictures = processor.image_processor, pictures.flatten(0, 1)
+    patch, merge = settings.patch_size, settings.merge_size
+    count, channels, height, width = pictures.shape
+    rows, columns = height // patch, width // patch
+    # What Transformers' image processor returns, to the bit, in a seventh of the time: cut into patches while
+    # a pixel is one byte, in the order in which `merge` × `merge` neighbours become a token, then normalise.
+    patches = pictures.view(
+        count, channels, rows // merge, merge, patch, columns // merge, merge, patch
+    ).permute(0, 2, 5, 3, 6, 1, 4, 7)
+    pixels = patches.reshape(-1, channels, 1, patch * patch).float()
+    mean, std = (
+        torch.tensor(values, device=pixels.device).view(channels, 1, 1) * (1 / settings.rescale_factor)
+        for values in (settings.image_mean, settings.image_std)
     )
+    pixels = pixels.sub_(mean).div_(std)
+    # A still picture is a video of `temporal_patch_size` equal frames.
+    pixels = pixels.expand(-1, -1, settings.temporal_patch_size, -1)
     return {
-        "pixel_values": vision["pixel_values"],
-        "image_grid_thw": vision["image_grid_thw"],
+        "pixel_values": pixels.reshape(len(pixels), -1),
+        "image_grid_thw": torch.tensor([[1, rows, columns]], device=pixels.device).repeat(count, 1),
         "mm_token_type_ids": (input_ids == processor.image_token_id).int(),
     }
 

@@ -153,8 +153,7 @@ def measure(config: BenchTrainConfig, shape: tuple[dict, dict], mode: str) -> Me
     if mode == "ours":
 
         def prepare() -> Any:
-            # As lerobot-train does: uint8 from the data loader to floats in [0, 1].
-            cameras = {key: image.to(device) / 255 for key, image in images.items()}
+            cameras = {key: image.to(device) for key, image in images.items()}
             return policy.training_inputs({**cameras, "task": tasks, "action": bins.to(device)})
 
         def loss_of(example: Any) -> Tensor:
@@ -197,13 +196,16 @@ def measure(config: BenchTrainConfig, shape: tuple[dict, dict], mode: str) -> Me
 
 
 def _samples(policy: VLA0Policy, config: BenchTrainConfig) -> tuple[dict[str, Tensor], list[str], Tensor]:
-    """A batch as a data loader gives it: uint8 images (B, 3, 256, 256) per camera, tasks, bins (B, H, D)."""
+    """A batch as LeRobotDataset's items make it: float images (B, 3, 256, 256) in [0, 1] per camera, tasks,
+    bins (B, H, D)."""
     generator = torch.Generator().manual_seed(config.seed)
     rows, horizon = config.batch_size, policy.config.chunk_size
     # Smooth pictures: noise would make the conversion to HSV cheaper or dearer than photographs.
     coarse = torch.rand(len(policy.config.camera_keys), rows, 3, 16, 16, generator=generator)
     smooth = [torch.nn.functional.interpolate(c, (256, 256), mode="bilinear") for c in coarse]
-    images = {key: (image * 255).byte() for key, image in zip(policy.config.camera_keys, smooth, strict=True)}
+    images = {
+        key: (image * 255).round() / 255 for key, image in zip(policy.config.camera_keys, smooth, strict=True)
+    }
     tasks = [INSTRUCTIONS[i % len(INSTRUCTIONS)] for i in range(rows)]
     shape = (rows, horizon, policy.action_dim)
     return images, tasks, torch.randint(policy.config.num_bins + 1, shape, generator=generator)
@@ -215,7 +217,7 @@ def per_sample_inputs(
     """The same example as `policy.training_inputs`, prepared sample by sample from PIL images.
 
     Args:
-        images: uint8 (B, 3, H, W) per camera.
+        images: float (B, 3, H, W) in [0, 1] per camera.
         augment: random crop, colour jitter and masked action text.
 
     Returns:
@@ -229,7 +231,7 @@ def per_sample_inputs(
     for row, task in enumerate(tasks):
         views = []
         for key in config.camera_keys:
-            view = Image.fromarray(images[key][row].permute(1, 2, 0).numpy())
+            view = v2.functional.to_pil_image(images[key][row])
             side = int(view.height * config.crop_ratio)
             view = (v2.RandomCrop(side) if augment else v2.CenterCrop(side))(view)
             view = v2.Resize([config.image_size] * 2)(view)

@@ -30,6 +30,16 @@ def prompts(processor, texts: list[str], seed: int = 0) -> dict[str, torch.Tenso
     return inputs | backbone.vision_inputs(processor, pictures, inputs["input_ids"])
 
 
+@pytest.mark.parametrize(("count", "height", "width"), [(1, 56, 112), (2, 84, 28)])
+def test_pixels_are_transformers_to_the_bit(vlm, count, height, width):
+    _, processor = vlm
+    pictures = torch.randint(256, (3, count, 3, height, width), dtype=torch.uint8)
+    ours = backbone.vision_inputs(processor, pictures, torch.zeros(3, 4, dtype=torch.long))
+    theirs = processor.image_processor(list(pictures.flatten(0, 1)), do_resize=False, return_tensors="pt")
+    for key in ("pixel_values", "image_grid_thw"):
+        assert torch.equal(ours[key], theirs[key]) and ours[key].dtype == theirs[key].dtype
+
+
 @pytest.mark.parametrize("skip", [0, 2])
 def test_prompt_cache_equals_a_full_pass(vlm, skip):
     """Prompts of different lengths, drafts of different lengths behind them, of which different numbers hold:

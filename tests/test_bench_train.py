@@ -46,8 +46,7 @@ def test_the_other_step_prepares_the_same_example(config):
     config.dtype = "float32"
     policy = bench_train._random_policy(config, "cpu")
     images, tasks, bins = bench_train._samples(policy, config)
-    cameras = {key: image / 255 for key, image in images.items()}
-    ours, labels, _ = policy.training_inputs({**cameras, "task": tasks, "action": bins})
+    ours, labels, _ = policy.training_inputs({**images, "task": tasks, "action": bins})
     theirs, their_labels = per_sample_inputs(policy, images, tasks, bins, augment=False)
     assert torch.equal(their_labels, labels) and theirs.keys() == ours.keys()
     for key, value in ours.items():
