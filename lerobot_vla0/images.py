@@ -74,23 +74,24 @@ def _blend(images: Tensor, other: Tensor, factor: Tensor) -> Tensor:
 def _shift_hue(images: Tensor, shift: Tensor) -> Tensor:
     """Turns the hue by `shift` (B, 1, 1, 1) of a full circle.
 
-    Uses the form f(n) = v - v·s·max(0, min(k, 4 - k, 1)), k = (n + 6·hue) mod 6, n = 5, 3, 1 for R, G, B
-    (https://en.wikipedia.org/wiki/HSL_and_HSV#HSV_to_RGB_alternative).
+    The piecewise linear form of HSV → RGB (https://en.wikipedia.org/wiki/HSL_and_HSV#HSV_to_RGB), in place: on
+    a CPU this is half of a picture's preparation.
     """
     r, g, b = images.unbind(-3)
-    value = images.amax(-3)
-    chroma = value - images.amin(-3)
+    value, low = images.amax(-3), images.amin(-3)
+    chroma = value - low
     red, green = value == r, value == g
-    sector = torch.where(red, g - b, torch.where(green, b - r, r - g)).div_(chroma.clamp(min=1e-12))
-    sector += torch.where(red, 0.0, torch.where(green, 2.0, 4.0))
-    sector += 6 * shift[..., 0, :, :]
-    shifted = torch.empty_like(images)
-    for channel, n in enumerate((5.0, 3.0, 1.0)):
-        k = sector + n
-        k -= (k / 6).floor_().mul_(6)  # mod 6; torch.remainder takes several times as long
-        torch.minimum(k, 4 - k, out=k)
-        torch.sub(value, k.clamp_(0, 1).mul_(chroma), out=shifted[..., channel, :, :])
-    return shifted
+    # Hue in sixths of the circle: red 0, green 2, blue 4.
+    hue = torch.where(red, g - b, torch.where(green, b - r, r - g)).div_(chroma.clamp(min=1e-12))
+    hue += torch.where(red, 0.0, torch.where(green, 2.0, 4.0))
+    hue += 6 * shift[..., 0, :, :]
+    hue -= (hue / 6).floor_().mul_(6)  # mod 6; torch.remainder takes several times as long
+    shares = (
+        (hue - 3).abs_().sub_(1),
+        (hue - 2).abs_().neg_().add_(2),
+        (hue - 4).abs_().neg_().add_(2),
+    )
+    return torch.stack([share.clamp_(0, 1).mul_(chroma).add_(low) for share in shares], dim=-3)
 
 
 def prepare_images(
