@@ -74,8 +74,8 @@ def _blend(images: Tensor, other: Tensor, factor: Tensor) -> Tensor:
 def _shift_hue(images: Tensor, shift: Tensor) -> Tensor:
     """Turns the hue by `shift` (B, 1, 1, 1) of a full circle.
 
-    The piecewise linear form of HSV → RGB (https://en.wikipedia.org/wiki/HSL_and_HSV#HSV_to_RGB), in place: on
-    a CPU this is half of a picture's preparation.
+    The piecewise linear form of HSV → RGB (https://en.wikipedia.org/wiki/HSL_and_HSV#HSV_to_RGB), in place:
+    on a CPU this is half of a picture's preparation.
     """
     r, g, b = images.unbind(-3)
     value, low = images.amax(-3), images.amin(-3)
