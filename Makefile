@@ -5,7 +5,7 @@
 SHELL := /bin/bash
 # uv from PATH if it runs, else one of our own in .tools.
 UV := $(shell uv --version >/dev/null 2>&1 && command -v uv || echo $(CURDIR)/.tools/bin/uv)
-RUN := $(UV) run --locked --all-extras
+RUN := $(UV) run --locked --all-extras --no-extra qlora
 DEMO := outputs/demo
 DEMO_EVAL = $(RUN) lerobot-vla0 eval --policy.path=$(DEMO)/train/checkpoints/last/pretrained_model --suites=libero_object \
 	--tasks=[2] --episodes=10 --batch_size=2 --image_size=112 --assets=primitive --videos=all
@@ -46,7 +46,7 @@ lint: setup
 
 setup:
 	@test -x "$(UV)" || $(UV) --version >/dev/null 2>&1 || python3 -m pip install --quiet --target .tools uv
-	$(UV) sync --locked --all-extras
+	$(UV) sync --locked --all-extras --no-extra qlora
 
 # Off-screen rendering on the CPU. ffmpeg's libraries are LeRobot's (torchcodec's) and optional: without them LeRobot
 # falls back to another video decoder after a page of warnings.

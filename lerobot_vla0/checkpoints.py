@@ -1,17 +1,87 @@
-"""What a checkpoint folder must hold: config.json, model.safetensors, vlm/ and the two processors."""
+"""What a checkpoint folder must hold: config.json, model.safetensors, vlm/ and the two processors; or, after
+training with PEFT, adapter_model.safetensors and adapter_config.json, which names the base, and the rest."""
 
 import json
 import logging
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
+from huggingface_hub import hf_hub_download
 from lerobot.configs import PreTrainedConfig
 from lerobot.utils.constants import POLICY_POSTPROCESSOR_DEFAULT_NAME
 from safetensors import safe_open
+from torch import nn
 
 from .processor_vla0 import check_action_statistics
 
 VLM_FOLDER = "vlm"  # config, tokenizer and image processor of the VLM
 WEIGHTS = "model.safetensors"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def import_peft() -> ModuleType:
+    """The optional package peft.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise ImportError('adapters need peft: pip install "lerobot_policy_vla0[peft]"') from error
+    return peft
+
+
+def is_bare_vlm(path: str | Path, **hub: Any) -> bool:
+    """Whether a folder or Hub repo holds a VLM as Transformers writes it, and no policy.
+
+    Args:
+        hub: revision, token, cache_dir, ..., as `hf_hub_download` takes them.
+
+    Raises:
+        FileNotFoundError: it is no folder, and no repo that can be read.
+    """
+    file = Path(path) / "config.json"
+    if not Path(path).is_dir():
+        try:
+            file = Path(hf_hub_download(str(path), "config.json", **hub))
+        except (OSError, ValueError) as error:
+            raise FileNotFoundError(
+                f"{str(path)!r} is neither a folder nor a Hub repo that can be read "
+                f"({str(error).splitlines()[0]})."
+            ) from error
+    return file.is_file() and "model_type" in json.loads(file.read_text())
+
+
+def check_adapter(policy: nn.Module, adapter: str | Path, base: str | Path, **hub: Any) -> None:
+    """Refuses a LoRA adapter that was trained on another architecture than `policy`'s; PEFT itself only warns
+    about layers that it cannot place.
+
+    Raises:
+        ValueError: a layer of the adapter is missing in the policy or has another size.
+    """
+    file = Path(adapter) / ADAPTER_WEIGHTS
+    if not Path(adapter).is_dir():
+        file = Path(hf_hub_download(str(adapter), ADAPTER_WEIGHTS, **hub))
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing: {adapter} holds no adapter. Copy or download all of it.")
+    modules = dict(policy.named_modules())
+    with safe_open(file, framework="pt") as tensors:
+        for name in tensors.keys():  # noqa: SIM118 (not a dict)
+            layer, _, part = name.removeprefix("base_model.model.").rpartition(".lora_")
+            if part not in ("A.weight", "B.weight"):
+                continue
+            shape = tensors.get_slice(name).get_shape()  # (r, in) and (out, r)
+            axis, size = (1, "in_features") if part == "A.weight" else (0, "out_features")
+            expected = getattr(modules.get(layer), size, None)
+            if expected != shape[axis]:
+                there = "does not have" if layer not in modules else f"has with {size}={expected}"
+                raise ValueError(
+                    f"the adapter {adapter} does not fit its base {base}: it was trained on a model with a "
+                    f"layer {layer} of {size}={shape[axis]}, which the base {there}. Correct "
+                    f"base_model_name_or_path in {ADAPTER_CONFIG}, or put the right model there."
+                )
 
 
 def check_checkpoint(folder: Path, saved: PreTrainedConfig, config: PreTrainedConfig) -> None:
@@ -45,6 +115,11 @@ def check_checkpoint(folder: Path, saved: PreTrainedConfig, config: PreTrainedCo
         raise ValueError(
             f"num_bins={config.num_bins} differs from the checkpoint's {saved.num_bins} ({folder}): the "
             "model and its processors count on the latter. Leave num_bins out."
+        )
+    if saved.action_norm != config.action_norm:
+        raise ValueError(
+            f"action_norm={config.action_norm!r} differs from the checkpoint's {saved.action_norm!r} "
+            f"({folder}): the integers would mean other actions. Leave action_norm out."
         )
     # A postprocessor without statistics would pass [-1, 1] on to the robot without a word.
     postprocessor = folder / f"{POLICY_POSTPROCESSOR_DEFAULT_NAME}.json"

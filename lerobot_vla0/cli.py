@@ -26,6 +26,10 @@ COMMANDS = {
     "bench decode": Command(
         "bench_decode", "BenchDecodeConfig", "bench_decode", "measure decoding against Transformers' generate"
     ),
+    "bench train": Command(
+        "bench_train", "BenchTrainConfig", "bench_train", "measure a training step against sample by sample"
+    ),
+    "merge": Command("merge", "MergeConfig", "merge", "fold a LoRA adapter into a full checkpoint"),
     "curve": Command("curve", "CurveConfig", "plot_curve", "plot the loss curve of a lerobot-train log"),
     "tiny-vlm": Command("tiny_vlm", "TinyVLMConfig", "make_tiny_vlm", "write a small random Qwen2.5-VL"),
 }

@@ -34,6 +34,9 @@ class VLA0Config(PreTrainedConfig):
     gradient_checkpointing: bool = False
     # Leave the vision encoder as it is and train the language model only.
     freeze_vision: bool = False
+    # Load the language model of `vlm` in 4 bits, to train an adapter on it (QLoRA: with --peft.*; needs the
+    # extra [qlora]).
+    load_in_4bit: bool = False
     # torch.compile the language model in training. Pays off on GPUs in long runs; the first steps are slow.
     compile_model: bool = False
 
@@ -95,6 +98,10 @@ class VLA0Config(PreTrainedConfig):
     # True leaves them out of the loss.
     do_mask_loss_for_padding: bool = False
 
+    # "dataset": one range of the actions for all of the data set. "task": one for each instruction, so that
+    # the integers resolve the motions of a task more finely; an instruction that was not trained on uses the
+    # data set's range.
+    action_norm: str = "dataset"
     # MIN_MAX or QUANTILES for state and action: both map to the [-1, 1] that the integers cover.
     normalization_mapping: dict[str, NormalizationMode] = field(
         default_factory=lambda: {
@@ -146,6 +153,7 @@ class VLA0Config(PreTrainedConfig):
         self._check("jitter_hue", 0 <= self.jitter_hue <= 0.5, "in [0, 0.5]")
         for name in ("action_mask_prob", "action_mask_skip_prob"):
             self._check(name, 0 <= getattr(self, name) <= 1, "in [0, 1]")
+        self._check("action_norm", self.action_norm in ("dataset", "task"), "dataset or task")
         bounded = (NormalizationMode.MIN_MAX, NormalizationMode.QUANTILES, NormalizationMode.QUANTILE10)
         for kind, modes in {
             "STATE": bounded,  # integers need a bounded range

@@ -5,9 +5,11 @@ the integers under a grammar that admits nothing else. The pieces stand in examp
 prompt.py), decoding.py, backbone.py.
 """
 
+import logging
 import random
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,19 +22,28 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from . import backbone, decoding
-from .checkpoints import VLM_FOLDER, check_checkpoint
+from .checkpoints import (
+    ADAPTER_CONFIG,
+    VLM_FOLDER,
+    check_adapter,
+    check_checkpoint,
+    import_peft,
+    is_bare_vlm,
+)
 from .configuration_vla0 import VLA0Config
 from .drafting import Drafter, Trust
 from .ensembling import TemporalEnsembler
 from .examples import ExampleMaker
 from .grammar import IntegerGrammar
-from .processor_vla0 import ACTION_CLIPPED
+from .loss import linear_cross_entropy
+from .processor_vla0 import ACTION_CLIPPED, STATISTICS
 from .prompt import IGNORE
 from .prompt_cache import PromptCache, RowCache, encode_prefix
+from .task_stats import TASK_RANGE, add_task_statistics
 
-# Longest draft in symbols, and the chance below which a further one is not worth its cost. On two CPU cores each
-# further token of a pass took 3 % of what the first one takes (`bench decode`, 0.5 billion parameters), and a
-# right one saves about a fifth of a pass. On a GPU a pass takes as long as reading the weights does.
+# Longest draft in symbols, and the chance below which a further one is not worth its cost. On two CPU cores
+# each further token of a pass took 3 % of what the first one takes (`bench decode`, 0.5 billion parameters),
+# and a right one saves about a fifth of a pass. On a GPU a pass takes as long as reading the weights does.
 DRAFTS = {"cpu": (31, 0.15), "cuda": (63, 0.02)}
 
 
@@ -59,7 +70,9 @@ class VLA0Policy(PreTrainedPolicy):
     Args:
         config: with `input_features` and `output_features` filled in (LeRobot's `make_policy` does).
         vlm_folder: build the VLM, without weights, from this folder instead of loading `config.vlm`.
-        dataset_stats, dataset_meta: given by LeRobot; not used, statistics live in the processors.
+        dataset_stats: given by LeRobot; not used, statistics live in the processors.
+        dataset_meta: given by LeRobot; with `action_norm="task"`, the statistics of each task are added to
+            `dataset_meta.stats`, which the processors get.
     """
 
     config_class = VLA0Config
@@ -75,10 +88,17 @@ class VLA0Policy(PreTrainedPolicy):
     ) -> None:
         super().__init__(config)
         config.validate_features()
+        if config.action_norm == "task" and dataset_meta is not None:
+            names = STATISTICS[config.normalization_mapping["ACTION"]]
+            add_task_statistics(dataset_meta, names, config.num_bins)
         load = {"dtype": config.dtype, "attn_implementation": config.attn_implementation}
         if vlm_folder is None:
             self.model, self.vlm_processor = backbone.load_vlm(
-                config.vlm, revision=config.vlm_revision, **load
+                config.vlm, revision=config.vlm_revision, load_in_4bit=config.load_in_4bit, **load
+            )
+        elif config.load_in_4bit:
+            raise ValueError(
+                "load_in_4bit=True starts from a VLM, not from a VLA-0 checkpoint. Set load_in_4bit=false."
             )
         else:
             self.model, self.vlm_processor = backbone.build_vlm(vlm_folder, **load)
@@ -110,17 +130,54 @@ class VLA0Policy(PreTrainedPolicy):
         self.reset()
 
     def get_optim_params(self) -> list[nn.Parameter]:
+        if self.config.load_in_4bit and not self.config.use_peft:
+            raise ValueError(
+                "load_in_4bit=True: weights of 4 bits cannot be trained themselves. Train an adapter on them "
+                "(--peft.method_type=LORA), or set load_in_4bit=false."
+            )
         return [p for p in self.parameters() if p.requires_grad]
 
+    # --------------------------------------------------------------------------------------------------- PEFT
+
+    def wrap_with_peft(
+        self, peft_config: Any = None, peft_cli_overrides: dict[str, Any] | None = None
+    ) -> nn.Module:
+        """The policy as a PEFT model (`lerobot-train --peft.*`), fresh or from a checkpoint; only the adapter
+        is trained and saved. The adapter remembers its base, the VLM or the checkpoint.
+
+        Raises:
+            ImportError: peft is not installed.
+            ValueError: the targets include the language model's head.
+        """
+        import_peft()
+        wrapped = super().wrap_with_peft(peft_config, peft_cli_overrides)
+        if type(self.model.lm_head) is not nn.Linear:
+            raise ValueError(
+                "peft.target_modules (or full_training_modules) includes lm_head: acting computes a few rows "
+                "of its own weights and would leave the adapter out. Choose layers below it; the default is "
+                f"{self._get_default_peft_targets()['target_modules']!r}."
+            )
+        config, saved = self.config, wrapped.active_peft_config
+        if config.pretrained_path:
+            base, saved.revision = str(config.pretrained_path), config.pretrained_revision
+        else:
+            base, saved.revision = config.vlm, config.vlm_revision
+        # A relative path would mean another folder to a process that starts elsewhere.
+        saved.base_model_name_or_path = str(Path(base).resolve()) if Path(base).is_dir() else base
+        trained, total = wrapped.get_nb_trainable_parameters()
+        logging.info(f"PEFT trains {trained:,} of {total:,} parameters ({100 * trained / total:.2f} %).")
+        return wrapped
+
     def _get_default_peft_targets(self) -> dict[str, Any]:
-        """Linear layers of the language model."""
+        # All linear layers of the language model, as in QLoRA (arXiv 2305.14314, section 4); of the vision
+        # encoder none.
         return {
-            "target_modules": r".*language_model.*\.(q|k|v|o|gate|up|down)_proj",
-            "modules_to_save": [],
+            "target_modules": r".*language_model\.layers\.\d+\."
+            r"(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
         }
 
     def _validate_peft_config(self, peft_config: Any) -> None:
-        """LeRobot's wants a trained policy; VLA-0 starts from a trained VLM."""
+        """LeRobot refuses adapters on a fresh policy; here it is a pretrained VLM."""
 
     # ----------------------------------------------------------------------------------------------- training
 
@@ -158,17 +215,27 @@ class VLA0Policy(PreTrainedPolicy):
         """
         if reduction not in ("mean", "none"):
             raise ValueError(f"reduction must be 'mean' or 'none', got {reduction!r}.")
-        inputs, labels, places = self.training_inputs(batch)
+        loss, metrics = self.example_loss(*self.training_inputs(batch), reduction)
+        if ACTION_CLIPPED in batch:
+            metrics[ACTION_CLIPPED] = batch[ACTION_CLIPPED].mean().item()
+        return loss, metrics
+
+    def example_loss(
+        self, inputs: dict[str, Tensor], labels: Tensor, places: Tensor, reduction: str = "mean"
+    ) -> tuple[Tensor, dict[str, float]]:
+        """`forward` behind `training_inputs`: the loss and what is logged of the model's predictions."""
         hidden = backbone.hidden_states(self.model, inputs)
         # The token at position t is predicted at t - 1; logits are computed for supervised positions only.
         labels, places = labels[:, 1:], places[:, 1:]
         supervised = labels != IGNORE
         targets = labels[supervised]  # (N,)
-        logits = self.model.lm_head(hidden[:, :-1][supervised]).float()  # (N, vocabulary)
-        losses = nn.functional.cross_entropy(logits, targets, reduction="none")
-        metrics = self._metrics(logits.detach(), targets, supervised, places)
-        if ACTION_CLIPPED in batch:
-            metrics[ACTION_CLIPPED] = batch[ACTION_CLIPPED].mean().item()
+        losses, predicted, digits = linear_cross_entropy(
+            hidden[:, :-1][supervised],
+            self.model.lm_head.weight,
+            targets,
+            torch.tensor(self.chat.digit_ids, device=targets.device),
+        )
+        metrics = self._metrics(predicted, digits, targets, supervised, places)
         if reduction == "mean":
             return losses.mean(), metrics
         rows = supervised.nonzero()[:, 0]
@@ -177,14 +244,14 @@ class VLA0Policy(PreTrainedPolicy):
 
     @torch.no_grad()
     def _metrics(
-        self, logits: Tensor, targets: Tensor, supervised: Tensor, places: Tensor
+        self, predicted: Tensor, digits: Tensor, targets: Tensor, supervised: Tensor, places: Tensor
     ) -> dict[str, float]:
-        digit_ids = torch.tensor(self.chat.digit_ids, device=logits.device)
-        predicted = logits[:, digit_ids].argmax(-1)
+        """Of the most likely token and the most likely digit 0..9 at each of N supervised positions."""
+        digit_ids = torch.tensor(self.chat.digit_ids, device=targets.device)
         true = (targets[:, None] == digit_ids).float().argmax(-1)  # 0 where the target is no digit
         # Each supervised digit contributes (predicted - true) · place value to the integer it belongs to.
-        error = torch.zeros(places.shape, device=logits.device)
-        error[supervised] = (predicted - true) * places[supervised].float()
+        error = torch.zeros(places.shape, device=targets.device)
+        error[supervised] = (digits - true) * places[supervised].float()
         integer = (places == 0).cumsum(
             1
         )  # the same number on all digits of an integer, another on the next's
@@ -192,10 +259,10 @@ class VLA0Policy(PreTrainedPolicy):
         def per_integer(values: Tensor) -> Tensor:
             return values.new_zeros(len(values), values.shape[1] + 1).scatter_add(1, integer, values)
 
-        digits, hidden = per_integer((places > 0).float()), per_integer(((places > 0) & ~supervised).float())
-        whole = per_integer(error).abs()[(digits > 0) & (hidden == 0)]
+        length, hidden = per_integer((places > 0).float()), per_integer(((places > 0) & ~supervised).float())
+        whole = per_integer(error).abs()[(length > 0) & (hidden == 0)]
         return {
-            "token_accuracy": (logits.argmax(-1) == targets).float().mean().item(),
+            "token_accuracy": (predicted == targets).float().mean().item(),
             "action_error_bins": whole.mean().item() if len(whole) else 0.0,
         }
 
@@ -263,12 +330,13 @@ class VLA0Policy(PreTrainedPolicy):
                 drafters=drafters,
                 temperature=self.config.temperature,
             )
+            to_bins = self._bins_of_data_set(batch)
             given = 0
             for decoded in writing:
                 integers = decoded.integers
                 while given < steps and all(len(row) >= (given + 1) * self.action_dim for row in integers):
                     step = [row[given * self.action_dim :][: self.action_dim] for row in integers]
-                    yield torch.tensor(step, dtype=torch.float32, device=inputs["input_ids"].device)
+                    yield to_bins(torch.tensor(step, dtype=torch.float32, device=inputs["input_ids"].device))
                     given += 1
         finally:
             if training:
@@ -289,6 +357,20 @@ class VLA0Policy(PreTrainedPolicy):
             self._row_cache if compiled else None,
             compiled,
         )
+
+    def _bins_of_data_set(self, batch: dict[str, Any]) -> Callable[[Tensor], Tensor]:
+        """Integers as written, (B, D) → bins of the data set's range, which the postprocessor knows: the
+        same, or, with `action_norm="task"`, fractions."""
+        if self.config.action_norm == "dataset":
+            return lambda integers: integers
+        if TASK_RANGE not in batch:
+            raise ValueError(
+                f"the batch has no {TASK_RANGE!r}, by which action_norm='task' reads integers. Pass the "
+                "batch through the policy's preprocessor first."
+            )
+        low, high = ((batch[TASK_RANGE].float() + 1) / 2 * self.config.num_bins).unbind(1)
+        width = (high - low) / self.config.num_bins
+        return lambda integers: low.to(integers.device) + integers * width.to(integers.device)
 
     def _prompt_prefix(self, inputs: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
         """Keys and values of what every prompt begins with, the words before the first picture; kept until
@@ -328,7 +410,9 @@ class VLA0Policy(PreTrainedPolicy):
         if rows:
             self.examples.instructions(batch)  # raises if their number does not fit
             tasks = [batch["task"]] if isinstance(batch["task"], str) else batch["task"]
-            looks = {key: batch[key][rows] for key in (*config.camera_keys, OBS_STATE) if key in batch}
+            looks = {
+                key: batch[key][rows] for key in (*config.camera_keys, OBS_STATE, TASK_RANGE) if key in batch
+            }
             looks["task"] = [tasks[row] for row in rows]
             # Later chunks are averaged with what this one says about their timesteps.
             steps = min(config.chunk_size, config.n_action_steps * config.ensemble_size)
@@ -360,31 +444,72 @@ class VLA0Policy(PreTrainedPolicy):
     ) -> Self:
         """Loads a checkpoint folder or Hub repo; needs neither the base VLM nor, for a folder, the network.
 
+        An adapter checkpoint needs its base and is folded into it. A bare VLM gives a fresh policy (what
+        LeRobot asks for when it loads an adapter that was trained on one).
+
         Raises:
             FileNotFoundError: a file of the checkpoint is missing.
             ValueError: weights are truncated or do not fit, the action statistics are missing, or `config`
                 disagrees with the checkpoint in the action dimension or `num_bins`.
         """
-        folder = Path(pretrained_name_or_path)
-        if not folder.is_dir():
-            folder = Path(
-                snapshot_download(
-                    str(pretrained_name_or_path),
-                    revision=revision,
-                    cache_dir=cache_dir,
-                    force_download=force_download,
-                    local_files_only=local_files_only,
-                    token=token,
-                    allow_patterns=["*.json", "*.safetensors"],
+        hub = {
+            "revision": revision,
+            "cache_dir": cache_dir,
+            "force_download": force_download,
+            "local_files_only": local_files_only,
+            "token": token,
+        }
+        path = str(pretrained_name_or_path)
+        # LeRobot loads an adapter's base with the adapter's config.
+        adapter = config.pretrained_path if config is not None and config.use_peft else None
+        adapter = None if str(adapter) == path else adapter
+        try:
+            bare = is_bare_vlm(path, **hub)
+        except FileNotFoundError as error:
+            if adapter is None:
+                raise
+            raise FileNotFoundError(
+                f"the base of the adapter {adapter} is not there: {error} If it has moved, correct "
+                f"base_model_name_or_path in {ADAPTER_CONFIG}."
+            ) from error
+        if bare:
+            if config is None:
+                raise ValueError(
+                    f"{path} holds a VLM and no policy. Train one: --policy.type=vla0 --policy.vlm={path}"
                 )
+            config.vlm, config.vlm_revision = path, revision
+            policy = cls(config, **kwargs).eval()
+        else:
+            folder = Path(path)
+            if not folder.is_dir():
+                folder = Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors"], **hub))
+            saved = PreTrainedConfig.from_pretrained(folder)
+            config = saved if config is None else config
+            if (folder / ADAPTER_CONFIG).is_file():
+                return cls._from_adapter(folder, config, **kwargs)
+            check_checkpoint(folder, saved, config)
+            # strict: LeRobot's default only warns about missing weights, and the policy would act at random.
+            policy = super().from_pretrained(
+                folder, config=config, strict=strict, vlm_folder=folder / VLM_FOLDER, **kwargs
             )
-        saved = PreTrainedConfig.from_pretrained(folder)
-        config = saved if config is None else config
-        check_checkpoint(folder, saved, config)
-        # strict: LeRobot's default only warns about missing weights, and the policy would act at random.
-        return super().from_pretrained(
-            folder, config=config, strict=strict, vlm_folder=folder / VLM_FOLDER, **kwargs
+        if adapter is not None:
+            check_adapter(policy, adapter, path, revision=config.pretrained_revision)
+        return policy
+
+    @classmethod
+    def _from_adapter(cls, folder: Path, config: VLA0Config, **kwargs: Any) -> Self:
+        """A plain policy, the adapter folded into the weights. (LeRobot's `make_policy` gives a `PeftModel`,
+        which can go on training, and calls `from_pretrained` with the base.)"""
+        peft = import_peft()
+        adapter = peft.PeftConfig.from_pretrained(folder)
+        # Folding into 4-bit weights would round what was learnt.
+        config = replace(config, use_peft=True, pretrained_path=folder, load_in_4bit=False)
+        policy = cls.from_pretrained(
+            adapter.base_model_name_or_path, config=config, revision=adapter.revision, **kwargs
         )
+        policy = peft.PeftModel.from_pretrained(policy, folder).merge_and_unload()
+        config.use_peft, config.pretrained_path = False, None
+        return policy.eval()
 
     @classmethod
     def _load_as_safetensor(cls, model: Self, model_file: str, map_location: str, strict: bool) -> Self:

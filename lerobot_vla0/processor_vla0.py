@@ -1,7 +1,7 @@
 """LeRobot processors of VLA-0: numbers only. Text and images belong to the policy, which knows whether it
 trains.
 
-    in:  rename → batch → device → normalise (LeRobot's) → actions to integers
+    in:  rename → batch → device → normalise (LeRobot's; by task: ours) → actions to integers
     out: integers to actions → un-normalise → CPU (LeRobot's)
 
 Everything needed is in the saved state, and LeRobot's scripts can override their steps by name.
@@ -24,6 +24,7 @@ from lerobot.utils.constants import ACTION
 
 from .action_codec import ActionCodec
 from .configuration_vla0 import VLA0Config
+from .task_stats import check_task_statistics, normalizer_processor
 
 # Share of each sample's action values outside the statistics; `VLA0Policy.forward` logs its mean.
 ACTION_CLIPPED = "action_clipped"
@@ -102,10 +103,11 @@ def make_vla0_pre_post_processors(
 
     Args:
         config: with `input_features` and `output_features` filled in.
-        dataset_stats: per key, `min` and `max` (MIN_MAX) or quantiles, as in `LeRobotDataset.meta.stats`.
+        dataset_stats: per key, `min` and `max` (MIN_MAX) or quantiles, as in `LeRobotDataset.meta.stats`;
+            with `action_norm="task"` also those of `task_stats.add_task_statistics`.
 
     Raises:
-        ValueError: statistics of the action are missing.
+        ValueError: statistics of the action, or of tasks, are missing.
     """
     check_action_statistics(config, dataset_stats, "dataset_stats")
     if config.use_state:
@@ -117,12 +119,16 @@ def make_vla0_pre_post_processors(
                 "Set use_state=false, or compute the data set's statistics."
             )
     steps = make_default_policy_processor_steps(config, dataset_stats)
+    normalize = steps.normalize
+    if config.action_norm == "task":
+        check_task_statistics(dataset_stats)
+        normalize = normalizer_processor(normalize.features, normalize.norm_map, dataset_stats)
     return make_policy_processor_pipelines(
         input_steps=[
             steps.rename_observations,
             steps.add_batch_dim,
             steps.to_device,
-            steps.normalize,
+            normalize,
             VLA0ActionEncoderStep(config.num_bins),
         ],
         output_steps=[VLA0ActionDecoderStep(config.num_bins), steps.unnormalize, steps.to_cpu],

@@ -13,6 +13,16 @@ def vlm(tiny_vlm):
     return backbone.load_vlm(tiny_vlm, revision=None, dtype="float32", attn_implementation=None)
 
 
+@pytest.mark.parametrize(("count", "height", "width"), [(1, 56, 112), (2, 84, 28)])
+def test_pixels_are_transformers_to_the_bit(vlm, count, height, width):
+    _, processor = vlm
+    pictures = torch.randint(256, (3, count, 3, height, width), dtype=torch.uint8)
+    ours = backbone.vision_inputs(processor, pictures, torch.zeros(3, 4, dtype=torch.long))
+    theirs = processor.image_processor(list(pictures.flatten(0, 1)), do_resize=False, return_tensors="pt")
+    for key in ("pixel_values", "image_grid_thw"):
+        assert torch.equal(ours[key], theirs[key]) and ours[key].dtype == theirs[key].dtype
+
+
 def test_saved_folder_is_json_only_and_rebuilds(vlm, tmp_path):
     model, processor = vlm
     folder = tmp_path / "vlm"

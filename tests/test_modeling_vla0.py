@@ -28,7 +28,13 @@ def test_loss_is_transformers_loss(policy, processors):
     batch = processors[0](make_batch())
     inputs, labels, _ = policy.training_inputs(batch)
     loss, metrics = policy(batch)
-    assert loss.item() == pytest.approx(policy.model(**inputs, labels=labels).loss.item(), rel=1e-5)
+    theirs = policy.model(**inputs, labels=labels).loss
+    assert loss.item() == pytest.approx(theirs.item(), rel=1e-5)
+    parameters = list(policy.model.model.language_model.parameters())
+    for ours, other in zip(
+        torch.autograd.grad(loss, parameters), torch.autograd.grad(theirs, parameters), strict=True
+    ):
+        torch.testing.assert_close(ours, other, rtol=1e-4, atol=1e-6)
     assert set(metrics) == {"token_accuracy", "action_error_bins", "action_clipped"}
 
 
@@ -94,19 +100,10 @@ def test_metrics_on_known_predictions(policy):
     labels = torch.tensor([[digit[4], digit[0], digit[7], space, digit[9], space, IGNORE, digit[2]]])
     places = torch.tensor([[100, 10, 1, 0, 1, 0, 10, 1]])
     supervised = labels != IGNORE
-    predicted = [
-        digit[3],
-        digit[0],
-        digit[9],
-        space,
-        digit[9],
-        digit[1],
-        digit[0],
-    ]  # 407→309, 9→9, a space missed
-    logits = torch.nn.functional.one_hot(
-        torch.tensor(predicted), policy.model.config.text_config.vocab_size
-    ).float()
-    metrics = policy._metrics(logits, labels[supervised], supervised, places)
+    digits = torch.tensor([3, 0, 9, 5, 9, 1, 0])  # 407→309, 9→9; at a space any
+    predicted = torch.tensor(digit)[digits]
+    predicted[3] = space  # the second space is missed
+    metrics = policy._metrics(predicted, digits, labels[supervised], supervised, places)
     assert metrics["action_error_bins"] == pytest.approx((98 + 0) / 2)
     assert metrics["token_accuracy"] == pytest.approx(3 / 7)
 
@@ -129,6 +126,23 @@ def test_freeze_vision_and_gradient_checkpointing(tiny_vlm, processors):
         policy(batch)[0].backward()
         gradients.append(policy.model.model.language_model.layers[0].mlp.up_proj.weight.grad)
     assert torch.allclose(*gradients, atol=1e-6)
+
+
+def test_attention_backend_and_kind_of_checkpointing_are_honoured(tiny_vlm, processors, tmp_path):
+    batch = processors[0](make_batch(rows=2))
+    losses = []
+    for name in ("eager", "sdpa"):
+        config = make_config(tiny_vlm, attn_implementation=name, gradient_checkpointing=True)
+        policy = VLA0Policy(config)
+        policy.save_pretrained(tmp_path / name)
+        for model in (policy.model, VLA0Policy.from_pretrained(tmp_path / name).model):
+            for part in (model.model.language_model, model.model.visual):
+                assert part.config._attn_implementation == name
+            layer = model.model.language_model.layers[0]
+            assert layer.gradient_checkpointing
+            assert layer._gradient_checkpointing_func.keywords == {"use_reentrant": False}
+        losses.append(policy.eval()(batch)[0].item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")

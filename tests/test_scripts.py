@@ -88,6 +88,97 @@ def test_fine_tune_takes_the_new_data_sets_statistics(
     assert load_file(state)["action.max"].tolist() == [2.0] * 7
 
 
+@pytest.fixture(scope="module")
+def two_tasks(tmp_path_factory) -> Path:
+    """A data set of two tasks whose actions differ in range, one episode each."""
+    import numpy as np
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    image = {"dtype": "image", "shape": (64, 64, 3), "names": ["height", "width", "channels"]}
+    root = tmp_path_factory.mktemp("data") / "two"
+    features = {
+        "observation.images.image": image,
+        "observation.images.image2": image,
+        "observation.state": {"dtype": "float32", "shape": (8,), "names": None},
+        "action": {"dtype": "float32", "shape": (7,), "names": None},
+    }
+    dataset = LeRobotDataset.create("local/two", fps=10, features=features, root=root, use_videos=False)
+    random = np.random.default_rng(0)
+    for task, scale in [("pick up the milk and place it in the basket", 1.0), ("open the drawer", 0.1)]:
+        for _ in range(10):
+            frame = {
+                key: random.integers(256, size=(64, 64, 3)).astype("uint8") for key in list(features)[:2]
+            }
+            frame["observation.state"] = random.random(8).astype("float32")
+            frame["action"] = (scale * random.uniform(-1, 1, 7)).astype("float32")
+            dataset.add_frame({**frame, "task": task})
+        dataset.save_episode()
+    dataset.finalize()
+    return root
+
+
+@pytest.fixture(scope="module")
+def adapter_run(two_tasks, tiny_vlm, process_env, tmp_path_factory) -> Path:
+    """LoRA on a fresh policy, with a range of actions for each task: two steps, a checkpoint after each."""
+    out = tmp_path_factory.mktemp("runs") / "adapter"
+    log = run_script(
+        "lerobot-train", "--policy.type=vla0", f"--policy.vlm={tiny_vlm}", "--policy.dtype=float32",
+        "--policy.image_size=56", "--policy.action_norm=task", "--peft.method_type=LORA", "--peft.r=8",
+        "--peft.lora_alpha=16", "--dataset.repo_id=local/two", f"--dataset.root={two_tasks}",
+        "--batch_size=2", "--num_workers=0", "--log_freq=1", "--policy.push_to_hub=false",
+        "--policy.device=cpu", "--policy.optimizer_lr=0.01", "--steps=2", "--save_freq=1",
+        f"--output_dir={out}", env=process_env,
+    ).stdout  # fmt: skip
+    assert log.count("PEFT trains ") == 1
+    assert "the actions of a task would span [5" in log  # (1000 + 100) / 2, about
+    assert "action_clipped:0.000" in log
+    return out
+
+
+def adapter_weights(run: Path, step: int) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(run / f"checkpoints/{step:06d}/pretrained_model/adapter_model.safetensors")
+
+
+def test_adapter_resumes_bit_exactly(adapter_run, process_env, tmp_path):
+    copy = Path(shutil.copytree(adapter_run, tmp_path / "run", symlinks=True))
+    shutil.rmtree(copy / "checkpoints/000002")
+    (copy / "checkpoints/last").unlink()
+    (copy / "checkpoints/last").symlink_to("000001")
+    config = copy / "checkpoints/last/pretrained_model/train_config.json"
+    run_script(
+        "lerobot-train", f"--config_path={config}", "--resume=true", f"--output_dir={copy}", env=process_env
+    )
+    resumed, whole, before = (
+        adapter_weights(copy, 2),
+        adapter_weights(adapter_run, 2),
+        adapter_weights(copy, 1),
+    )
+    assert all(torch.equal(resumed[k], whole[k]) for k in whole)
+    assert not all(torch.equal(before[k], whole[k]) for k in whole)
+    states = [
+        (run / "checkpoints/000002/pretrained_model/policy_preprocessor_step_3.safetensors").read_bytes()
+        for run in (copy, adapter_run)
+    ]
+    assert states[0] == states[1] and b"action.task.open the drawer.max" in states[0]
+
+
+def test_eval_of_an_adapter(adapter_run, process_env, tmp_path):
+    """On one of its tasks, and on one (basket 0) that it was not trained on."""
+    adapter = adapter_run / "checkpoints/last/pretrained_model"
+    assert not (adapter / "model.safetensors").exists()
+    log = run_script(
+        "lerobot-eval", f"--policy.path={adapter}", "--policy.device=cpu", "--env.type=vla0_libero",
+        "--env.task=libero_object", "--env.task_ids=[0,7]", "--env.assets=primitive",
+        "--env.episode_length=3", "--eval.batch_size=1", "--eval.n_episodes=1",
+        f"--output_dir={tmp_path}/eval", env=process_env,
+    ).stdout  # fmt: skip
+    assert json.loads((tmp_path / "eval/eval_info.json").read_text())["overall"]["n_episodes"] == 2
+    assert log.count("no action statistics of the task 'pick up the alphabet soup") == 1
+    assert "no action statistics of the task 'pick up the milk" not in log
+
+
 def test_reload_in_python_offline(run, process_env):
     """The three lines of the README, in a process of its own, and the same tokens as here."""
     from lerobot_vla0.modeling_vla0 import VLA0Policy

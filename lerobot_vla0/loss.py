@@ -1,0 +1,78 @@
+"""Cross-entropy behind a language model's head without the (positions × vocabulary) logits.
+
+At Qwen2.5-VL's 151,936 tokens, the logits in float32, their log-softmax and their gradient can take most of a
+training step's memory. Here they exist for a few positions at a time, and once more in the backward pass.
+Liger's fused linear cross-entropy (arXiv 2410.10989) has the idea; this is plain PyTorch, on any device.
+Knows nothing of actions.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# Positions whose logits exist at once: 155 MB of float32 at 151,936 tokens, and a matrix product that is
+# large enough to be efficient.
+CHUNK = 256
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, choices: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Cross-entropy of `hidden @ weight.T` in float32, as `torch.nn.functional.cross_entropy` has it.
+
+    Args:
+        hidden: (N, width), of supervised positions only.
+        weight: (vocabulary, width), the head.
+        targets: (N,) token ids.
+        choices: (C,) token ids among which the most likely one is asked for, too.
+
+    Returns:
+        losses (N,) float32; predicted (N,), the most likely token; chosen (N,), the most likely of `choices`
+        as an index into them. The last two carry no gradient.
+    """
+    return _LinearCrossEntropy.apply(hidden.to(weight.dtype), weight, targets, choices)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, choices: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        losses = hidden.new_empty(len(hidden), dtype=torch.float32)
+        totals, predicted, chosen = torch.empty_like(losses), torch.empty_like(targets), targets.clone()
+        for i in range(0, len(hidden), CHUNK):
+            part = slice(i, i + CHUNK)
+            logits = _logits(hidden[part], weight)
+            totals[part] = logits.logsumexp(-1)
+            losses[part] = totals[part] - logits.gather(1, targets[part, None])[:, 0]
+            predicted[part] = logits.argmax(-1)
+            chosen[part] = logits[:, choices].argmax(-1)
+        ctx.save_for_backward(hidden, weight, targets, totals)
+        ctx.mark_non_differentiable(predicted, chosen)
+        return losses, predicted, chosen
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        hidden, weight, targets, totals = ctx.saved_tensors
+        # With adapters or a frozen head only one of the two is needed.
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        for i in range(0, len(hidden), CHUNK):
+            part = slice(i, i + CHUNK)
+            # d loss / d logits = softmax - one-hot
+            delta = _logits(hidden[part], weight).sub_(totals[part, None]).exp_()
+            rows = torch.arange(len(delta), device=delta.device)
+            delta[rows, targets[part]] -= 1
+            delta = delta.mul_(grad[part, None]).to(weight.dtype)
+            if grad_hidden is not None:
+                grad_hidden[part] = delta @ weight
+            if grad_weight is not None:
+                grad_weight.addmm_(delta.T, hidden[part])
+        return grad_hidden, grad_weight, None, None
+
+
+def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    return torch.nn.functional.linear(hidden, weight).float()

@@ -1,0 +1,68 @@
+"""`lerobot-vla0 merge`: an adapter folded into its base, as a full checkpoint."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from lerobot.configs import PreTrainedConfig, parser
+
+from .checkpoints import ADAPTER_CONFIG
+
+
+@dataclass
+class MergeConfig:
+    """What to merge. `--policy.path=` names the adapter checkpoint; its fields can be overridden
+    (`--policy.dtype=float32`)."""
+
+    # Folder to write.
+    out: Path
+    policy: PreTrainedConfig | None = None
+
+    def __post_init__(self) -> None:
+        path = parser.get_path_arg("policy")
+        if path:
+            overrides = parser.get_cli_overrides("policy") or []
+            self.policy = PreTrainedConfig.from_pretrained(path, cli_overrides=overrides)
+            self.policy.pretrained_path = Path(path)
+
+    @classmethod
+    def __get_path_fields__(cls) -> list[str]:
+        return ["policy"]  # LeRobot's `--policy.path=`
+
+
+def merge(config: MergeConfig) -> Path:
+    """Writes the checkpoint, processors included, to `config.out` and returns it. The base is needed for the
+    last time.
+
+    Raises:
+        FileExistsError: `out` exists and is not empty.
+        ValueError: no policy, one that is no adapter, or one that does not fit its base.
+        FileNotFoundError: the adapter's base is not there.
+        ImportError: peft is not installed.
+    """
+    # Imported here: transformers takes seconds, and `--help` must not.
+    from lerobot.policies.factory import make_pre_post_processors
+
+    from .modeling_vla0 import VLA0Policy
+
+    if config.policy is None:
+        raise ValueError("which adapter? --policy.path=<checkpoint folder or Hub repo>")
+    out, path = Path(config.out), str(config.policy.pretrained_path)
+    if out.is_dir() and any(out.iterdir()):
+        raise FileExistsError(
+            f"out={str(out)!r} exists and is not empty. Choose another folder or remove it."
+        )
+    if not config.policy.use_peft:
+        raise ValueError(f"{path} is no adapter (it has no {ADAPTER_CONFIG}): there is nothing to merge.")
+    policy = VLA0Policy.from_pretrained(
+        path, config=config.policy, revision=config.policy.pretrained_revision
+    )
+    policy.save_pretrained(out)
+    for processor in make_pre_post_processors(
+        policy.config,
+        pretrained_path=path,
+        pretrained_revision=config.policy.pretrained_revision,
+        preprocessor_overrides={"device_processor": {"device": policy.config.device}},
+    ):
+        processor.save_pretrained(out)
+    print(f"Wrote {out}")
+    return out

@@ -1,0 +1,133 @@
+"""Action statistics of each instruction, for `action_norm="task"`.
+
+They travel as LeRobot's own statistics do, as entries `action.task.<instruction>` beside `action` in
+`meta.stats`: resuming keeps the checkpoint's, fine-tuning on another data set takes that one's.
+"""
+
+import logging
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from lerobot.configs import FeatureType
+from lerobot.lerobot_types import EnvTransition, TransitionKey
+from lerobot.processor import NormalizerProcessorStep
+from lerobot.utils.constants import ACTION
+from torch import Tensor
+
+PREFIX = f"{ACTION}.task."
+# In a batch: (B, 2, D), the actions that each row's lowest and highest integer mean, in [-1, 1] of the data
+# set's range.
+TASK_RANGE = "action_range"
+QUANTILES = {"min": 0.0, "max": 1.0, "q01": 0.01, "q99": 0.99, "q10": 0.1, "q90": 0.9}
+
+
+def add_task_statistics(meta: Any, names: tuple[str, str], num_bins: int) -> None:
+    """Adds the statistics of each task to `meta.stats`, in one pass over the actions of the frames on disk.
+
+    Logs how many of the integers 0..num_bins a task's actions would span without.
+
+    Args:
+        meta: a data set's `LeRobotDatasetMetadata`.
+        names: the two statistics that actions are normalised by: ("min", "max") or quantiles.
+
+    Raises:
+        ValueError: no frames on disk (a streamed data set).
+    """
+    files = sorted((meta.root / "data").glob("*/*.parquet"))
+    if not files:
+        raise ValueError(
+            f"action_norm='task' reads the actions of the data set, but {meta.root / 'data'} holds none (is "
+            "it streamed?). Download the data set, or set action_norm='dataset'."
+        )
+    tables = [pq.read_table(file, columns=[ACTION, "task_index"]) for file in files]
+    indices = np.concatenate([table["task_index"].to_numpy() for table in tables])
+    actions = np.concatenate([table[ACTION].combine_chunks().flatten().to_numpy() for table in tables])
+    actions = actions.reshape(len(indices), -1)
+    for task, index in meta.tasks["task_index"].items():
+        own = actions[indices == index]
+        if len(own):  # of a selection of episodes, not every task is on disk
+            meta.stats[PREFIX + task] = {
+                name: np.quantile(own, QUANTILES[name], axis=0).astype(np.float32) for name in names
+            }
+    spans = spanned_bins(meta.stats, names, num_bins)
+    logging.info(
+        f"action_norm=task: of the integers 0..{num_bins}, the actions of a task would span "
+        f"{np.round(spans.mean(0)).astype(int).tolist()} by dimension under the data set's range (mean of "
+        f"{len(spans)} tasks); under their own range they span all."
+    )
+
+
+def spanned_bins(stats: dict[str, dict[str, Any]], names: tuple[str, str], num_bins: int) -> np.ndarray:
+    """Integers of the data set's range that each task's actions span, (tasks, D) in 0..num_bins; 0 where the
+    data set's actions are constant."""
+    low, high = (np.asarray(stats[ACTION][name], np.float64) for name in names)
+    tasks = [entry for key, entry in stats.items() if key.startswith(PREFIX)]
+    own = np.stack([np.asarray(entry[names[1]]) - np.asarray(entry[names[0]]) for entry in tasks])
+    return num_bins * own / np.where(high > low, high - low, np.inf)
+
+
+def check_task_statistics(stats: dict[str, Any]) -> None:
+    """Raises ValueError if statistics have none of tasks."""
+    if not any(key.startswith(PREFIX) for key in stats):
+        raise ValueError(
+            "action_norm='task' needs the statistics of each task in dataset_stats. They are added to "
+            "dataset.meta.stats when the policy is made (by make_policy(config, ds_meta=dataset.meta) or "
+            "VLA0Policy(config, dataset_meta=dataset.meta)): make the policy first, then its processors."
+        )
+
+
+# LeRobot's scripts hand new statistics to the step that they call "normalizer_processor". A step outside of
+# LeRobot's registry is called by its class's name, so this is the name that makes them reach it.
+@dataclass
+class normalizer_processor(NormalizerProcessorStep):  # noqa: N801
+    """LeRobot's normaliser, but actions are normalised by the statistics of their row's instruction.
+
+    Adds TASK_RANGE to the batch, by which the policy turns the integers that it writes back into integers of
+    the data set's range: rows of a batch may have different instructions, and actions may be executed long
+    after they were written, so a postprocessor, which sees actions only, could not. An instruction without
+    statistics takes those of the data set, with one warning.
+    """
+
+    _registry_name = None
+    _unknown: set[str] = field(default_factory=set, init=False, repr=False)
+
+    def __call__(self, transition: EnvTransition) -> EnvTransition:
+        raw, transition = transition.get(TransitionKey.ACTION), super().__call__(transition)
+        extra = transition.get(TransitionKey.COMPLEMENTARY_DATA) or {}
+        if "task" not in extra:
+            raise ValueError(
+                "action_norm='task' needs the instruction: add batch['task'] = [instruction, ...] before the "
+                "preprocessor."
+            )
+        tasks = [extra["task"]] if isinstance(extra["task"], str) else extra["task"]
+        keys = [self._key(task) for task in tasks]
+        if raw is not None:
+            rows = [
+                self._apply_transform(row, key, FeatureType.ACTION)
+                for row, key in zip(raw, keys, strict=True)
+            ]
+            transition[TransitionKey.ACTION] = torch.stack(rows)
+        ranges = torch.stack([self._range(key) for key in keys])
+        return {**transition, TransitionKey.COMPLEMENTARY_DATA: {**extra, TASK_RANGE: ranges}}
+
+    def _key(self, task: str) -> str:
+        if PREFIX + task in self._tensor_stats:
+            return PREFIX + task
+        if task not in self._unknown:
+            self._unknown.add(task)
+            logging.warning(
+                f"no action statistics of the task {task!r}: those of the whole data set are used."
+            )
+        return ACTION
+
+    def _range(self, key: str) -> Tensor:
+        """(2, D): see TASK_RANGE."""
+        statistic = next(iter(self._tensor_stats[key].values()))
+        edges = torch.stack([-torch.ones_like(statistic), torch.ones_like(statistic)]).reshape(2, -1)
+        if key == ACTION:
+            return edges
+        actions = self._apply_transform(edges, key, FeatureType.ACTION, inverse=True)
+        return self._apply_transform(actions, ACTION, FeatureType.ACTION)

@@ -1,0 +1,68 @@
+import pytest
+import torch
+
+from lerobot_vla0 import loss
+from lerobot_vla0.loss import linear_cross_entropy
+
+
+@pytest.fixture
+def example():
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(37, 16, generator=generator)
+    weight = torch.randn(151, 16, generator=generator)
+    return hidden, weight, torch.randint(151, (37,), generator=generator)
+
+
+@pytest.mark.parametrize("chunk", [1, 10, 37, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_equals_pytorchs_cross_entropy_and_its_gradients(example, chunk, dtype, monkeypatch):
+    monkeypatch.setattr(loss, "CHUNK", chunk)
+    hidden, weight, targets = example
+    choices = torch.tensor([5, 99, 3])
+    weights = torch.linspace(0, 1, 37)  # every position counts differently
+    results = []
+    for ours in (True, False):
+        h, w = (t.to(dtype).requires_grad_() for t in (hidden, weight))
+        if ours:
+            losses, predicted, chosen = linear_cross_entropy(h, w, targets, choices)
+            assert not predicted.requires_grad and not chosen.requires_grad
+        else:
+            logits = (h @ w.T).float()
+            losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+            assert torch.equal(predicted, logits.argmax(-1))
+            assert torch.equal(chosen, logits[:, choices].argmax(-1))
+        (losses * weights).sum().backward()
+        results.append((losses.detach(), h.grad.float(), w.grad.float()))
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.03, "atol": 0.03}
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, **tolerance)
+
+
+def test_gradients_that_nobody_needs_are_not_computed(example):
+    """A frozen head (adapters), and no gradient at all (evaluation loss)."""
+    hidden, weight, targets = example
+    hidden.requires_grad_()
+    linear_cross_entropy(hidden, weight, targets, torch.tensor([0]))[0].mean().backward()
+    assert hidden.grad is not None and weight.grad is None
+    with torch.no_grad():
+        assert not linear_cross_entropy(hidden, weight, targets, torch.tensor([0]))[0].requires_grad
+
+
+def test_never_holds_all_logits(example):
+    """What is kept for the backward pass does not grow with positions × vocabulary."""
+    hidden, weight, targets = (t.clone() for t in example)
+    hidden.requires_grad_()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        linear_cross_entropy(hidden, weight, targets, torch.tensor([0]))
+    assert kept and max(kept) < len(hidden) * len(weight)
+
+
+def test_no_position():
+    """A batch whose timesteps are all padding."""
+    hidden = torch.zeros(0, 4, requires_grad=True)
+    losses, *_ = linear_cross_entropy(
+        hidden, torch.ones(9, 4), torch.zeros(0, dtype=torch.long), torch.arange(2)
+    )
+    losses.sum().backward()
+    assert losses.shape == (0,) and hidden.grad.shape == (0, 4)
