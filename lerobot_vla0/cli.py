@@ -24,10 +24,10 @@ COMMANDS = {
     "sft": Command("sft", None, "main", "train with TRL's SFTTrainer, on one GPU or several"),
     "record": Command("libero.record", "RecordConfig", "record", "record episodes of a scripted expert"),
     "bench decode": Command(
-        "bench_decode", "BenchDecodeConfig", "bench_decode", "measure decoding against Transformers' generate"
+        "bench.decode", "BenchDecodeConfig", "bench_decode", "measure decoding against Transformers' generate"
     ),
     "bench train": Command(
-        "bench_train", "BenchTrainConfig", "bench_train", "measure a training step against sample by sample"
+        "bench.train", "BenchTrainConfig", "bench_train", "measure a training step against sample by sample"
     ),
     "merge": Command("merge", "MergeConfig", "merge", "fold a LoRA adapter into a full checkpoint"),
     "curve": Command("curve", "CurveConfig", "plot_curve", "plot the loss curve of a lerobot-train log"),

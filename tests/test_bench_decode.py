@@ -2,8 +2,9 @@ import json
 
 import pytest
 
-from lerobot_vla0 import bench_decode
-from lerobot_vla0.bench_decode import BenchDecodeConfig
+from lerobot_vla0.bench.decode import BenchDecodeConfig, bench_decode
+from lerobot_vla0.bench.decode_modes import MODES
+from lerobot_vla0.bench.models import SHAPES
 
 TINY = (
     {
@@ -19,18 +20,18 @@ TINY = (
 
 @pytest.fixture
 def config(monkeypatch, tmp_path):
-    monkeypatch.setitem(bench_decode.SHAPES, "tiny", TINY)
+    monkeypatch.setitem(SHAPES, "tiny", TINY)
     return BenchDecodeConfig(model="tiny", device="cpu", dtype="float32", repeats=1, out=tmp_path)
 
 
 def test_every_mode_writes_the_recorded_text(config, capsys):
     config.workloads = ["recorded", "recorded_masked"]
-    result = bench_decode.bench_decode(config)
+    result = bench_decode(config)
     rows = {(row["workload"], row["mode"]): row for row in result["results"]}
-    assert len(rows) == 2 * len(bench_decode.MODES)
+    assert len(rows) == 2 * len(MODES)
     assert all(row["identical"] == row["chunks"] == 2 for row in rows.values())
     for workload in config.workloads:
-        passes = {mode: rows[workload, mode]["passes"] for mode in bench_decode.MODES}
+        passes = {mode: rows[workload, mode]["passes"] for mode in MODES}
         # 207 characters and the end of turn; the grammar forces 56 of them
         assert passes["generate"] == passes["generate_grammar"] == passes["plain"] == 208
         assert passes["forced"] == 152 and passes["drafts"] < 80 and passes["prompt_lookup"] < 208
@@ -38,13 +39,13 @@ def test_every_mode_writes_the_recorded_text(config, capsys):
     assert json.loads((config.out / "decode.json").read_text()) == result
     assert (config.out / "decode.png").stat().st_size > 0
     shown = capsys.readouterr().out
-    assert all(f"  {mode} " in shown for mode in bench_decode.MODES) and "2/2" in shown
+    assert all(f"  {mode} " in shown for mode in MODES) and "2/2" in shown
 
 
 def test_batch_of_random_texts(config, capsys):
     """The worst case: no more passes than the forced tokens alone need."""
     config.workloads, config.batch_size, config.chunks = ["uniform"], 3, 3
-    result = bench_decode.bench_decode(config)
+    result = bench_decode(config)
     rows = {row["mode"]: row for row in result["results"]}
     assert "prompt_lookup is left out" in capsys.readouterr().out and "prompt_lookup" not in rows
     assert all(row["identical"] == 3 for row in rows.values())
@@ -66,4 +67,4 @@ def test_bad_settings(config, changes, message):
     for name, value in changes.items():
         setattr(config, name, value)
     with pytest.raises(ValueError, match=message):
-        bench_decode.bench_decode(config)
+        bench_decode(config)

@@ -5,22 +5,23 @@ import pytest
 import torch
 from test_bench_decode import TINY
 
-from lerobot_vla0 import bench_train
-from lerobot_vla0.bench_train import BenchTrainConfig, per_sample_inputs
+from lerobot_vla0.bench import train
+from lerobot_vla0.bench.models import random_policy
+from lerobot_vla0.bench.train import BenchTrainConfig, per_sample_inputs
 
 
 @pytest.fixture
 def config(monkeypatch, tmp_path):
-    monkeypatch.setitem(bench_train.SHAPES, "tiny", TINY)
+    monkeypatch.setitem(train.SHAPES, "tiny", TINY)
     # In this process; starting others takes longer than the steps.
-    monkeypatch.setattr(bench_train, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))
+    monkeypatch.setattr(train, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))
     return BenchTrainConfig(model="tiny", device="cpu", batch_size=3, steps=1, repeats=1, out=tmp_path)
 
 
 def test_steps_have_the_same_loss(config, capsys):
-    result = bench_train.bench_train(config)
+    result = train.bench_train(config)
     rows = {row["mode"]: row for row in result["results"]}
-    assert list(rows) == list(bench_train.MODES)
+    assert list(rows) == list(train.MODES)
     for row in rows.values():
         assert row["loss"] == pytest.approx(rows["per_sample"]["loss"], rel=1e-5)
         assert row["steps"] == 1 and row["samples_per_s"] > 0 and row["prepare_ms"] > 0
@@ -34,18 +35,18 @@ def test_steps_have_the_same_loss(config, capsys):
 @pytest.mark.slow
 def test_measures_in_processes_of_their_own(config, monkeypatch):
     monkeypatch.undo()
-    monkeypatch.setitem(bench_train.SHAPES, "tiny", TINY)
+    monkeypatch.setitem(train.SHAPES, "tiny", TINY)
     config.modes = ["ours"]
-    monkeypatch.setattr(bench_train, "_memory_gib", None)  # here, not there
-    (row,) = bench_train.bench_train(config)["results"]
+    monkeypatch.setattr(train, "_memory_gib", None)  # here, not there
+    (row,) = train.bench_train(config)["results"]
     assert row["peak_gib"] > 0.1
 
 
 def test_the_other_step_prepares_the_same_example(config):
     """Without augmentation equal to the policy's; with it, other pixels and masked text."""
     config.dtype = "float32"
-    policy = bench_train._random_policy(config, "cpu")
-    images, tasks, bins = bench_train._samples(policy, config)
+    policy = random_policy(config, "cpu")
+    images, tasks, bins = train._samples(policy, config)
     ours, labels, _ = policy.training_inputs({**images, "task": tasks, "action": bins})
     theirs, their_labels = per_sample_inputs(policy, images, tasks, bins, augment=False)
     assert torch.equal(their_labels, labels) and theirs.keys() == ours.keys()
@@ -58,9 +59,9 @@ def test_the_other_step_prepares_the_same_example(config):
 
 
 def test_without_trl(config, monkeypatch, capsys):
-    monkeypatch.setattr(bench_train, "find_spec", lambda name: None)
+    monkeypatch.setattr(train, "find_spec", lambda name: None)
     config.modes = ["per_sample_trl", "ours"]
-    result = bench_train.bench_train(config)
+    result = train.bench_train(config)
     assert [row["mode"] for row in result["results"]] == ["ours"]
     assert "per_sample_trl is left out: it needs trl" in capsys.readouterr().out
 
@@ -77,4 +78,4 @@ def test_bad_settings(config, changes, message):
     for name, value in changes.items():
         setattr(config, name, value)
     with pytest.raises(ValueError, match=message):
-        bench_train.bench_train(config)
+        train.bench_train(config)

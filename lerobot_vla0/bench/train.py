@@ -27,9 +27,9 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from .bench_decode import SHAPES, _check_names, _describe, _random_policy, _synchronize
-from .modeling_vla0 import VLA0Policy
-from .prompt import IGNORE, MASK_CHARACTER
+from ..modeling_vla0 import VLA0Policy
+from ..prompt import IGNORE, MASK_CHARACTER
+from .models import SHAPES, check_names, describe, random_policy, synchronize
 
 VOCABULARY = 151936
 # What two CPU cores can time at batch 8. A smaller body makes the vocabulary a larger part of the step.
@@ -100,7 +100,7 @@ def bench_train(config: BenchTrainConfig) -> dict[str, Any]:
     for name in ("batch_size", "steps", "repeats"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name}={getattr(config, name)} must be at least 1.")
-    _check_names("modes", config.modes, MODES)
+    check_names("modes", config.modes, MODES)
     if config.model not in SHAPES:
         raise ValueError(f"model={config.model!r} is none of {', '.join(SHAPES)}.")
     modes = list(config.modes)
@@ -142,7 +142,7 @@ def measure(config: BenchTrainConfig, shape: tuple[dict, dict], mode: str) -> Me
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     config.dtype = config.dtype or ("float32" if device == "cpu" else "bfloat16")
     SHAPES[config.model] = shape  # a process of its own has only this module's
-    policy = _random_policy(config, device)
+    policy = random_policy(config, device)
     if mode == "per_sample_trl":
         from trl.trainer.utils import add_fused_lm_head
 
@@ -177,17 +177,17 @@ def measure(config: BenchTrainConfig, shape: tuple[dict, dict], mode: str) -> Me
     optimizer = torch.optim.AdamW(policy.get_optim_params(), lr=1e-5)
     random.seed(config.seed)
     torch.manual_seed(config.seed)
-    result = Measurement(_describe(policy), [], [], 0.0, before, loss)
+    result = Measurement(describe(policy), [], [], 0.0, before, loss)
     for step in range(config.steps + 1):
-        _synchronize(policy)
+        synchronize(policy)
         start = time.perf_counter()
         example = prepare()
-        _synchronize(policy)
+        synchronize(policy)
         prepared = time.perf_counter()
         loss_of(example).backward()
         optimizer.step()
         optimizer.zero_grad()
-        _synchronize(policy)
+        synchronize(policy)
         if step:  # the first one allocates
             result.step_s.append(time.perf_counter() - start)
             result.prepare_s.append(prepared - start)
