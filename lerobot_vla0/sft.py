@@ -28,7 +28,7 @@ from torch.utils.data import default_collate
 from transformers import set_seed
 
 from . import backbone
-from .checkpoints import VLM_FOLDER, WEIGHTS
+from .checkpoints import VLM_FOLDER, WEIGHTS, import_peft
 from .cli import parse_options
 from .libero.assets import prepare_libero
 from .libero.evaluate import EvalConfig, evaluate
@@ -60,7 +60,7 @@ def sft(arguments: Arguments) -> Path:
     options, training = arguments.options, arguments.training
     checkpoint = _checkpoint_to_resume(training)
     if options.use_lora:
-        _check_peft()
+        import_peft()
     if options.eval_after_train and training.process_index == 0:
         # Missing assets or libraries must not show after days of training.
         evaluation = parse_options(EvalConfig, PROG, ["--out=unused", *arguments.evaluation])
@@ -128,13 +128,6 @@ def _checkpoint_to_resume(training: Any) -> str | None:
             "trainer_state.json in it. Give <output_dir>/checkpoint-N, or true for the last one."
         )
     return wanted
-
-
-def _check_peft() -> None:
-    try:
-        import peft  # noqa: F401
-    except ImportError as error:
-        raise ImportError("use_lora needs PEFT: pip install 'lerobot_policy_vla0[peft]'") from error
 
 
 def _lora(arguments: Arguments) -> dict[str, Any]:

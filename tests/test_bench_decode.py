@@ -1,10 +1,15 @@
 import json
 
+import numpy as np
 import pytest
+from conftest import make_config, randomise
+from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
 
-from lerobot_vla0.bench.decode import BenchDecodeConfig, bench_decode
-from lerobot_vla0.bench.decode_modes import MODES
-from lerobot_vla0.bench.models import SHAPES
+from lerobot_vla0.bench.decode import BenchDecodeConfig, _scene, bench_decode
+from lerobot_vla0.bench.decode_modes import MODES, Chunk, tie_gap, write
+from lerobot_vla0.bench.models import SHAPES, random_policy
+from lerobot_vla0.modeling_vla0 import VLA0Policy
+from lerobot_vla0.processor_vla0 import make_vla0_pre_post_processors
 
 TINY = (
     {
@@ -50,6 +55,39 @@ def test_batch_of_random_texts(config, capsys):
     assert "prompt_lookup is left out" in capsys.readouterr().out and "prompt_lookup" not in rows
     assert all(row["identical"] == 3 for row in rows.values())
     assert rows["drafts"]["passes"] <= rows["forced"]["passes"] < rows["plain"]["passes"]
+
+
+def test_a_checkpoint_of_ones_own(config, tiny_vlm, tiny_dataset, tmp_path):
+    """Its own texts, and in bfloat16, where passes of different widths may round differently."""
+    stats = LeRobotDatasetMetadata("local/tiny", root=tiny_dataset).stats
+    settings = make_config(tiny_vlm, chunk_size=4, n_action_steps=1)
+    policy = VLA0Policy(settings)
+    randomise(policy)
+    policy.save_pretrained(tmp_path / "checkpoint")
+    for processor in make_vla0_pre_post_processors(settings, stats):
+        processor.save_pretrained(tmp_path / "checkpoint")
+    config.model, config.dataset, config.chunks = str(tmp_path / "checkpoint"), tiny_dataset, 6
+    config.dtype, config.modes = "bfloat16", ["generate_grammar", "plain", "forced", "drafts"]
+    result = bench_decode(config)
+    assert {row["workload"] for row in result["results"]} == {"own", "own_replanned"}
+    for row in result["results"]:
+        assert row["chunks"] == 6
+        if row["mode"] in ("forced", "drafts"):
+            assert row["identical"] == 6 or row["gap"] < 8  # roundings of bfloat16
+            assert row["passes"] < 4 * 7 * 4
+    config.dataset = None
+    with pytest.raises(ValueError, match="a checkpoint needs something to look at: give --dataset"):
+        bench_decode(config)
+
+
+def test_how_close_a_call_a_text_was(config):
+    """Texts that part where the model was sure are told from ties."""
+    policy = random_policy(config, "cpu")
+    chunk = Chunk(_scene(np.random.default_rng(0)))
+    said = write(policy, "plain", [chunk], False, None).integers[0]
+    assert tie_gap(policy, chunk, False, said, said) == 0
+    other = [*said[:-1], (said[-1] + 500) % 1001]
+    assert tie_gap(policy, chunk, False, said, other) > 100  # of float32
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,10 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from conftest import make_batch, observation, run_script
 from lerobot.datasets.factory import make_dataset
-from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.policies.factory import make_policy, make_pre_post_processors
 from safetensors.torch import load_file
 from torch.utils.data import default_collate
@@ -24,35 +22,11 @@ from lerobot_vla0.modeling_vla0 import VLA0Policy
 from lerobot_vla0.sft import sft
 from lerobot_vla0.sft_options import parse
 
-TASKS = ["pick up the milk and place it in the basket", "open the middle drawer of the cabinet"]
 NO_AUGMENTATION = [
     "--policy.crop_ratio=1.0",
     "--policy.action_mask_prob=0",
     *(f"--policy.jitter_{kind}=0" for kind in ("brightness", "contrast", "saturation", "hue")),
 ]
-
-
-@pytest.fixture(scope="session")
-def tiny_dataset(tmp_path_factory) -> Path:
-    """Four episodes of six frames; tasks of libero_object and libero_goal in turn."""
-    root = tmp_path_factory.mktemp("tiny") / "data"
-    cameras = ("observation.images.image", "observation.images.image2")
-    features = {
-        k: {"dtype": "image", "shape": (64, 64, 3), "names": ["height", "width", "channel"]} for k in cameras
-    }
-    features["observation.state"] = {"dtype": "float32", "shape": (8,), "names": None}
-    features["action"] = {"dtype": "float32", "shape": (7,), "names": None}
-    dataset = LeRobotDataset.create("local/tiny", fps=10, features=features, root=root, use_videos=False)
-    rng = np.random.default_rng(0)
-    for episode in range(4):
-        for _ in range(6):
-            frame = {key: rng.integers(0, 255, (64, 64, 3), dtype=np.uint8) for key in cameras}
-            frame["observation.state"] = rng.normal(size=8).astype(np.float32)
-            frame["action"] = rng.uniform(-0.9, 0.9, 7).astype(np.float32)
-            dataset.add_frame(frame | {"task": TASKS[episode % 2]})
-        dataset.save_episode()
-    dataset.finalize()
-    return root
 
 
 @pytest.fixture
@@ -263,7 +237,7 @@ def test_bad_input(options, message, arguments, throw_away):
 
 def test_lora_without_peft(arguments, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(ImportError, match=r"use_lora needs PEFT: pip install 'lerobot_policy_vla0\[peft\]'"):
+    with pytest.raises(ImportError, match=r'adapters need peft: pip install "lerobot_policy_vla0\[peft\]"'):
         sft(parse([*arguments, "--use_lora"]))
 
 
