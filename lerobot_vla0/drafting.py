@@ -84,7 +84,7 @@ class Drafter:
         """Symbols that may follow, at most `length` and no further than `needed` integers."""
         for slot in [slot for slot in self.behind if slot < len(text.integers)]:
             self.trust.judge(_closeness(self.behind.pop(slot), text.integers[slot]))
-        trusted = self.trust.share >= TRUSTED
+        trusted = self.trust.share >= max(TRUSTED, self.worth)
         text, symbols, chance = text.copy(), [], 1.0
         while len(symbols) < self.length and len(text.integers) < needed:
             guess, right = self._guess(text.integers)

@@ -41,23 +41,25 @@ from .prompt import IGNORE
 from .prompt_cache import PromptCache, RowCache, encode_prefix
 from .task_stats import TASK_RANGE, add_task_statistics
 
-# Longest draft in symbols, and the chance below which a further one is not worth its cost. On two CPU cores
-# each further token of a pass took 3 % of what the first one takes (`bench decode`, 0.5 billion parameters),
-# and a right one saves about a fifth of a pass. On a GPU a pass takes as long as reading the weights does.
+# Longest draft in symbols, and the chance below which a further one is not worth its cost, for one row. On two
+# CPU cores each further token of a pass took 3 % of what the first one takes (`bench decode`, 0.5 billion
+# parameters), and a right one saves about a fifth of a pass; a GPU takes as long as reading the weights does.
+# The cost grows with the rows of a batch, until every token costs the same.
 DRAFTS = {"cpu": (31, 0.15), "cuda": (63, 0.02)}
+MOST_WORTH = 0.6
 
 
 class Environment:
-    """What the policy remembers of one environment of a batch."""
+    """What the policy remembers of one environment of a batch of `rows`."""
 
-    def __init__(self, policy: "VLA0Policy") -> None:
+    def __init__(self, policy: "VLA0Policy", rows: int) -> None:
         config = policy.config
         self.queue: deque[Tensor] = deque()  # actions (D,) to be executed
         self.ensembler = TemporalEnsembler(
             config.ensemble_size, config.ensemble_weight, config.ensemble_exponential
         )
         # The last chunk changes the speed only.
-        self.drafter = policy.make_drafter(policy.trust)
+        self.drafter = policy.make_drafter(policy.trust, rows)
 
 
 class VLA0Policy(PreTrainedPolicy):
@@ -279,20 +281,20 @@ class VLA0Policy(PreTrainedPolicy):
         if rows is None:
             self._environments: list[Environment] = []
         for row in (rows or []) if self._environments else []:
-            self._environments[row] = Environment(self)
+            self._environments[row] = Environment(self, len(self._environments))
 
-    def make_drafter(self, trust: Trust | None = None) -> Drafter:
-        """A drafter for one row, of the length that `config.draft_length` asks for."""
+    def make_drafter(self, trust: Trust | None = None, rows: int = 1) -> Drafter:
+        """A drafter for one of `rows` that are written together, as `config.draft_length` asks for."""
         length, worth = self.config.draft_length, 0.0
         if length is None:
             length, worth = DRAFTS["cpu" if self.model.device.type == "cpu" else "cuda"]
-        return Drafter(self.grammar, self.action_dim, length, worth, trust)
+        return Drafter(self.grammar, self.action_dim, length, min(MOST_WORTH, rows * worth), trust)
 
     def _environments_of(self, batch: dict[str, Any]) -> list["Environment"]:
         rows = self.examples.rows(batch)
         if len(self._environments) != rows:
             self.reset()
-            self._environments = [Environment(self) for _ in range(rows)]
+            self._environments = [Environment(self, rows) for _ in range(rows)]
         return self._environments
 
     @torch.no_grad()
@@ -319,7 +321,7 @@ class VLA0Policy(PreTrainedPolicy):
             drafters = [environment.drafter for environment in environments]
             if self.config.temperature > 0:
                 # With a memory, samples would depend on what was drafted before, not on the seed alone.
-                drafters = [self.make_drafter() for _ in environments]
+                drafters = [self.make_drafter(rows=len(environments)) for _ in environments]
             for drafter in drafters:
                 drafter.start()
             writing = decoding.decode_stream(

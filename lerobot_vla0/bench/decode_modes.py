@@ -69,7 +69,7 @@ def _model(policy: VLA0Policy, chunks: list[Chunk], inputs: dict[str, Any], mask
 def _write_ours(policy: VLA0Policy, mode: str, chunks: list[Chunk], masked: bool, length: int | None) -> Run:
     drafters: list[Drafter] | None = None
     if mode != "plain":
-        drafters = [policy.make_drafter() for _ in chunks]
+        drafters = [policy.make_drafter(rows=len(chunks)) for _ in chunks]
         if mode == "forced" or length is not None:
             length = 0 if mode == "forced" else length
             drafters = [Drafter(policy.grammar, policy.action_dim, length) for _ in chunks]
