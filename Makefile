@@ -6,6 +6,8 @@ SHELL := /bin/bash
 # uv from PATH if it runs, else one of our own in .tools.
 UV := $(shell uv --version >/dev/null 2>&1 && command -v uv || echo $(CURDIR)/.tools/bin/uv)
 RUN := $(UV) run --locked --all-extras --no-extra qlora
+# A process for each of two cores; PyTorch's threads would only get into each other's way.
+PYTEST := OMP_NUM_THREADS=1 $(RUN) pytest -n 2 --dist loadfile
 DEMO := outputs/demo
 DEMO_EVAL = $(RUN) lerobot-vla0 eval --policy.path=$(DEMO)/train/checkpoints/last/pretrained_model --suites=libero_object \
 	--tasks=[2] --episodes=10 --batch_size=2 --image_size=112 --assets=primitive --videos=all
@@ -35,10 +37,10 @@ demo: setup render
 test: setup render
 	$(RUN) ruff check
 	$(RUN) ruff format --check
-	$(RUN) pytest
+	$(PYTEST)
 
 test-fast: setup render
-	$(RUN) pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 lint: setup
 	$(RUN) ruff check --fix

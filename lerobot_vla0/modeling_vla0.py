@@ -41,8 +41,8 @@ from .prompt import IGNORE
 from .prompt_cache import PromptCache, RowCache, encode_prefix
 from .task_stats import TASK_RANGE, add_task_statistics
 
-# Longest draft in symbols, and the chance below which a further one is not worth its cost, for one row. On two
-# CPU cores each further token of a pass took 3 % of what the first one takes (`bench decode`, 0.5 billion
+# Longest draft in symbols, and the chance below which a further one is not worth its cost, for one row. On
+# two CPU cores each further token of a pass took 3 % of what the first one takes (`bench decode`, 0.5 billion
 # parameters), and a right one saves about a fifth of a pass; a GPU takes as long as reading the weights does.
 # The cost grows with the rows of a batch, until every token costs the same.
 DRAFTS = {"cpu": (31, 0.15), "cuda": (63, 0.02)}
