@@ -1,4 +1,4 @@
-"""The model card: README.md of a checkpoint, written by every push, and by `lerobot-vla0 card` in a folder."""
+"""The model card, README.md of a checkpoint: written by every push, and by `lerobot-vla0 card`."""
 
 import json
 import re
@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from .configuration_vla0 import VLA0Config
 from .libero.report import read_episodes, table_row
 
-# (licence's id on the Hub, its name) as the models' own cards say; 2025. What is not here: see the base model.
+# (licence's id on the Hub, its name), as the models' own cards say.
 LICENCES = {
     r"Qwen/Qwen2\.5-VL-3B-Instruct": ("qwen-research", "Qwen Research License"),
     r"Qwen/Qwen2\.5-VL-(7B|32B)-Instruct": ("apache-2.0", "Apache 2.0"),
@@ -34,9 +34,9 @@ TEMPLATE = """---
 
 # {title}
 
-[VLA-0](https://arxiv.org/abs/2510.13054): a vision-language model, its architecture unmodified, that looks at the
-cameras, reads the instruction and writes the next {horizon} actions as {count} integers from 0 to {bins}. Trained with
-[LeRobot](https://github.com/huggingface/lerobot) and its plugin `lerobot_policy_vla0`.
+[VLA-0](https://arxiv.org/abs/2510.13054): an unmodified vision-language model that looks at the cameras,
+reads the instruction and writes the next {horizon} actions as {count} integers from 0 to {bins}. A policy for
+[LeRobot](https://github.com/huggingface/lerobot), with its plugin `lerobot_policy_vla0`.
 
 ## Use it
 
@@ -46,7 +46,8 @@ agent = lerobot_vla0.Agent.from_pretrained("{path}")
 action = agent.act(observation, "{instruction}")  # ({dim},), in the robot's units
 ```
 
-`observation` holds {cameras} as float images (3, H, W) in [0, 1]. With LeRobot's scripts: `--policy.path={path}`.
+`observation` holds {cameras} as float images (3, H, W) in [0, 1]. With LeRobot's scripts:
+`--policy.path={path}`.
 
 ## How it was made
 
@@ -64,8 +65,8 @@ action = agent.act(observation, "{instruction}")  # ({dim},), in the robot's uni
 
 @dataclass
 class CardConfig:
-    """What the card is of: `--policy.path=` names a checkpoint folder. A README.md that is there keeps all but
-    its evaluation."""
+    """What the card is of: `--policy.path=` names a checkpoint folder. Of a README.md that is there, only the
+    evaluation is changed."""
 
     # Results folder of `lerobot-vla0 eval`.
     results: Path | None = None
@@ -137,7 +138,8 @@ def make_card(
         results: the section that `evaluation` returns.
     """
     data = training.get("dataset") or {}
-    base = config.pretrained_path or config.vlm
+    # A resumed run's own checkpoint is no base.
+    base = config.pretrained_path if _is_repo(config.pretrained_path) else config.vlm
     licence, licence_name = _licence(config.vlm)
     settings: dict[str, Any] = {"license": config.license or licence}
     if settings["license"] in ("qwen-research", "qwen"):  # not among the Hub's own ids
@@ -191,48 +193,34 @@ def _rows(
     action_range: dict[str, Any] | None,
     dataset: dict[str, Any] | None,
 ) -> list[tuple[str, str]]:
-    data, rows = training.get("dataset") or {}, [("base model", _shown(config.vlm))]
-    if config.pretrained_path:
+    """The table of how it was made: (name, value)."""
+    rows = [("base model", _shown(config.vlm))]
+    if _is_repo(config.pretrained_path):
         rows.append(("trained on from", _shown(config.pretrained_path)))
-    if data.get("repo_id"):
+    if (data := training.get("dataset") or {}).get("repo_id"):
         size = f", {dataset['episodes']} episodes, {dataset['frames']:,} frames" if dataset else ""
         rows.append(("data set", _shown(data["repo_id"]) + size))
     if training.get("steps"):
         optimiser = training.get("optimizer") or {}
-        rows.append(
-            (
-                "training",
-                f"{training['steps']:,} steps, batch {training.get('batch_size')} per process, "
-                f"{optimiser.get('type', 'adamw')}, learning rate {optimiser.get('lr', config.optimizer_lr):g}, "
-                f"{config.dtype}, seed {training.get('seed')}",
-            )
-        )
-    if config.use_peft:
-        peft = training.get("peft") or {}
-        rows.append(
-            ("adapter", f"{peft.get('method_type', 'LORA')}, rank {peft.get('r', 'see adapter_config.json')}")
-        )
+        steps = f"{training['steps']:,} steps, batch {training.get('batch_size')} per process"
+        rate = f"{optimiser.get('type', 'adamw')}, learning rate {optimiser.get('lr', config.optimizer_lr):g}"
+        rows.append(("training", f"{steps}, {rate}, {config.dtype}, seed {training.get('seed')}"))
+    if config.use_peft and (peft := training.get("peft")):
+        rows.append(("adapter", f"{peft['method_type']}, rank {peft['r']}"))
     layout = "side by side in one picture" if config.tile_images else "one picture each"
+    crop = f"crop {config.crop_ratio:g} (random in training), {config.image_size}×{config.image_size} pixels"
+    masked = f"up to {config.action_mask_prob:g} of the characters"
+    of = "each instruction's actions" if config.action_norm == "task" else "the data set's actions"
     rows += [
-        (
-            "pictures",
-            f"{', '.join(config.camera_keys)}: crop {config.crop_ratio:g} (random in training), "
-            f"{config.image_size}×{config.image_size} pixels, {layout}; colour jitter {config.jitter}",
-        ),
-        (
-            "masked action augmentation",
-            f"up to {config.action_mask_prob:g} of the characters, {config.action_mask_skip_prob:g} of the examples "
-            "without",
-        ),
+        ("pictures", f"{', '.join(config.camera_keys)}: {crop}, {layout}; colour jitter {config.jitter}"),
+        ("masked action augmentation", f"{masked}; {config.action_mask_skip_prob:g} of the examples without"),
         (
             "action normalisation",
-            f"{NORMALISATION[config.normalization_mapping['ACTION']]} of "
-            + ("each instruction's actions" if config.action_norm == "task" else "the data set's actions")
-            + f" → 0..{config.num_bins}",
+            f"{NORMALISATION[config.normalization_mapping['ACTION']]} of {of} → 0..{config.num_bins}",
         ),
     ]
-    rows += [(f"action {name}", str([round(float(v), 4) for v in values]))
-             for name, values in (action_range or {}).items()]  # fmt: skip
+    for name, values in (action_range or {}).items():
+        rows.append((f"action {name}", str([round(float(value), 4) for value in values])))
     return rows
 
 
@@ -284,12 +272,11 @@ def training_of(pipeline: Any) -> dict[str, Any]:
 
 def _saved_range(folder: Path) -> dict[str, Any]:
     """The action's statistics in a checkpoint's postprocessor."""
-    found = {}
-    for file in sorted(folder.glob("policy_postprocessor_*.safetensors")):
-        state = load_file(file)
-        found |= {name: state[f"action.{name}"].tolist() for name in ("min", "max", "q01", "q99", "q10", "q90")
-                  if f"action.{name}" in state}  # fmt: skip
-    return found
+    state: dict[str, Any] = {}
+    for file in folder.glob("policy_postprocessor_*.safetensors"):
+        state |= load_file(file)
+    names = ("min", "max", "q01", "q99", "q10", "q90")
+    return {name: state[f"action.{name}"].tolist() for name in names if f"action.{name}" in state}
 
 
 def _licence(vlm: str) -> tuple[str | None, str]:
@@ -297,13 +284,10 @@ def _licence(vlm: str) -> tuple[str | None, str]:
 
 
 def _is_repo(name: Any) -> bool:
-    """Whether it can be a Hub repo: owner/name, and no folder here. (`local/...` is what recordings are called.)"""
+    """Whether it can be a Hub repo: owner/name, no folder here, and no recording ("local/...")."""
     name = str(name)
-    return (
-        bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name))
-        and not name.startswith("local/")
-        and not Path(name).exists()
-    )
+    named = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("local/")
+    return bool(named) and not Path(name).exists()
 
 
 def _link(name: Any) -> str:

@@ -27,8 +27,8 @@ def _read_format_version(raw: object, path: Sequence[str]) -> FormatVersion:
     if raw > FORMAT_VERSION:
         raise DecodingError(
             path,
-            f"version {raw} was written by a newer lerobot_policy_vla0; the one that is installed reads up to "
-            f"{FORMAT_VERSION}. Upgrade: pip install --upgrade lerobot_policy_vla0",
+            f"version {raw} was written by a newer lerobot_policy_vla0; the one that is installed reads up "
+            f"to {FORMAT_VERSION}. Upgrade: pip install --upgrade lerobot_policy_vla0",
         )
     return FormatVersion(raw)
 

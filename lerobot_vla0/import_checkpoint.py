@@ -114,8 +114,8 @@ def import_checkpoint(options: ImportConfig) -> Path:
             config, origin = _without_config(options, len(stats["min"]), processor), "vla0-trl or TinyVLA"
         else:
             raise FileNotFoundError(
-                f"{folder} has no config.yaml, which says how the model of {stats_file.name} was trained. Copy "
-                "it beside the statistics, from where the model was trained or published."
+                f"{folder} has no config.yaml, which says how the model of {stats_file.name} was trained. "
+                "Copy it beside the statistics, from where the model was trained or published."
             )
         dim = config.action_feature.shape[0]
         if len(stats["min"]) != dim:
@@ -132,11 +132,12 @@ def import_checkpoint(options: ImportConfig) -> Path:
             step.save_pretrained(out)
         _write(weights, names, out / WEIGHTS)
         check_checkpoint(out, PreTrainedConfig.from_pretrained(out), config)
-    low, high = ([round(v, 4) for v in stats[name].tolist()] for name in ("min", "max"))
+    low, high = ([round(value, 4) for value in stats[name].tolist()] for name in ("min", "max"))
     print(
-        f"Imported a checkpoint of {origin}: {config.chunk_size} timesteps of {dim} integers 0..{config.num_bins}, "
-        f"cameras {', '.join(config.camera_keys)} cropped to {config.crop_ratio} and {config.image_size} pixels, "
-        f"actions from {low} to {high}.\nWrote {options.out}"
+        f"Imported a checkpoint of {origin}: {config.chunk_size} timesteps of {dim} integers "
+        f"0..{config.num_bins}, cameras {', '.join(config.camera_keys)} cropped to {config.crop_ratio:g} and "
+        f"{config.image_size} pixels, actions from {low} to {high}. The licence of the weights is still that "
+        f"of where they come from.\nWrote {options.out}"
     )
     return Path(options.out)
 
@@ -246,8 +247,8 @@ def read_stats(file: Path) -> dict[str, torch.Tensor]:
         raise ValueError(f"{file}: min and max of {STATS!r} are no lists of numbers ({error}).") from error
     if low.ndim != 1 or low.shape != high.shape or not np.isfinite([low, high]).all() or (low > high).any():
         raise ValueError(
-            f"{file}: min and max of {STATS!r} must be two lists of finite numbers, as long as the action and "
-            f"min not above max; got {low.tolist()} and {high.tolist()}."
+            f"{file}: min and max of {STATS!r} must be two lists of finite numbers, as long as the action "
+            f"and min not above max; got {low.tolist()} and {high.tolist()}."
         )
     return {"min": torch.from_numpy(low), "max": torch.from_numpy(high)}
 
@@ -273,7 +274,7 @@ def _original(file: Path, options: ImportConfig) -> VLA0Config:
             raise ValueError(f"{file}: {name} is {value!r}; imported can be {allowed!r} only.")
 
     try:
-        saved = yaml.load(file.read_text(), _YacsLoader)  # noqa: S506 (a SafeLoader)
+        saved = yaml.load(file.read_text(), _YacsLoader)
         must("EXP.MODEL", saved["EXP"]["MODEL"], "qwen")
         qwen, words = saved["MODEL"]["QWEN"], saved["DATALOADER"]["ROBOVERSE"]["cfg_opts"].split(":")
         image = {key: ast.literal_eval(value) for key, value in zip(words[::2], words[1::2], strict=True)}
@@ -300,8 +301,8 @@ def _original(file: Path, options: ImportConfig) -> VLA0Config:
     cameras = options.cameras or [LIBERO_CAMERAS.get(name) for name in names]
     if None in cameras or len(cameras) != len(names):
         raise ValueError(
-            f"{file} was trained on the cameras {list(names)}, which are not {sorted(LIBERO_CAMERAS)} of LIBERO. "
-            "Name their image keys in this order: --cameras='[observation.images.front, ...]'."
+            f"{file} was trained on the cameras {list(names)}, which are not {sorted(LIBERO_CAMERAS)} of "
+            "LIBERO. Name their image keys in this order: --cameras='[observation.images.front, ...]'."
         )
     return _config(
         cameras, dim, vlm=vlm, chunk_size=horizon, n_action_steps=horizon, num_bins=bins, image_size=size,
@@ -318,8 +319,9 @@ def _without_config(options: ImportConfig, dim: int, processor: Any) -> VLA0Conf
     pixels, expected = processor.image_processor.size["shortest_edge"], size * size * len(cameras)
     if pixels != expected:
         raise ValueError(
-            f"the image processor was made for pictures of {pixels} pixels, not for {len(cameras)} cameras of "
-            f"{size}×{size} side by side ({expected}). Say what the model was trained on: --image_size, --cameras."
+            f"the image processor was made for pictures of {pixels} pixels, not for {len(cameras)} cameras "
+            f"of {size}×{size} side by side ({expected}). Say what the model was trained on: --image_size, "
+            "--cameras."
         )
     return _config(
         cameras, dim, chunk_size=horizon, n_action_steps=horizon, num_bins=1000, image_size=size,
@@ -434,10 +436,11 @@ def _dtype(weights: dict[str, tuple[Path, list[int], str]], names: dict[str, str
 
 
 def _write(weights: dict[str, tuple[Path, list[int], str]], names: dict[str, str], out: Path) -> None:
-    """Copies tensors under new names into one file, one at a time: safetensors' own writer takes all at once.
+    """Copies tensors under new names into one file, one at a time: safetensors' own writer takes all at
+    once.
 
-    The format (github.com/huggingface/safetensors#format): the header's length as 8 bytes, the header as JSON,
-    then the tensors' bytes in its order.
+    The format (github.com/huggingface/safetensors#format): the header's length as 8 bytes, the header as
+    JSON, then the tensors' bytes in its order.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0

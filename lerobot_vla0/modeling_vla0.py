@@ -439,14 +439,12 @@ class VLA0Policy(PreTrainedPolicy):
         dataset_meta: Any = None,
     ) -> ModelCard:
         """README.md of a push. Warns if an adapter's base is a folder of this machine."""
-        if (
-            self.config.use_peft
-            and Path(base := str(self.config.pretrained_path or self.config.vlm)).is_dir()
-        ):
+        base = str(self.config.pretrained_path or self.config.vlm)
+        if self.config.use_peft and Path(base).is_dir():
             logging.warning(
-                f"the adapter's base is the folder {base}, which nobody else has: the pushed adapter loads here "
-                f"only. Push the base, too, and name it as base_model_name_or_path in {ADAPTER_CONFIG}, or push "
-                "the whole of `lerobot-vla0 merge`."
+                f"the adapter's base is the folder {base}: what was pushed loads on this machine only. Push "
+                f"the base, too, and name it as base_model_name_or_path in {ADAPTER_CONFIG}, or push what "
+                "`lerobot-vla0 merge` writes."
             )
         action_range, dataset = None, None
         if dataset_meta is not None:

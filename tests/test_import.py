@@ -92,7 +92,7 @@ def run_import(source: Path | str, out: Path, *options: str) -> VLA0Policy:
     return VLA0Policy.from_pretrained(out)
 
 
-# ------------------------------------------------------------------- the other codes' inference, written again
+# ------------------------------------------------------------------ the other codes' inference, written again
 
 
 class Valid(LogitsProcessor):
@@ -117,7 +117,7 @@ class Valid(LogitsProcessor):
 
 
 def tiled_picture(cameras: list[np.ndarray], antialias: bool) -> Image.Image:
-    """Cameras uint8 (H, W, 3) → one picture of 224×448: the centre 7/8, resized where needed, side by side."""
+    """Cameras uint8 (H, W, 3) → one picture of 224×448: the centre 7/8, resized if need be, side by side."""
     parts = []
     for pixels in cameras:
         side = int(pixels.shape[0] * 0.875)
@@ -157,8 +157,8 @@ def reference_actions(folder: Path, inputs: BatchFeature) -> tuple[list[int], np
     tokenizer = AutoProcessor.from_pretrained(folder).tokenizer
     start = inputs["input_ids"].shape[1]
     ids = model.generate(
-        **inputs, max_new_tokens=400, do_sample=False, repetition_penalty=1.0, eos_token_id=tokenizer.eos_token_id,
-        logits_processor=[Valid(tokenizer, 56, start)],
+        **inputs, max_new_tokens=400, do_sample=False, repetition_penalty=1.0,
+        eos_token_id=tokenizer.eos_token_id, logits_processor=[Valid(tokenizer, 56, start)],
     )  # fmt: skip
     integers = [int(word) for word in tokenizer.decode(ids[0, start:], skip_special_tokens=True).split()]
     low, high = np.array(LOW), np.array(HIGH)
@@ -254,8 +254,8 @@ def test_settings_of_the_config(trained, tmp_path):
     shutil.copytree(trained, run / "model_last")
     (run / "dataset_stats.pkl").write_bytes(pickle.dumps({"out_ori_act": {"min": [0, 0], "max": [1, 2]}}))
     options = OPTIONS.replace("0.875", "0.9").replace("224", "112").replace("'3p1','3p2'", "'wrist','top'")
-    write_config(run, options, horizon=4, original_action_dim=2, num_bins_actions=500, rgb_img_size=(112, 112),
-                 tiled_rgb_imgs=False, action_mask_aug_per=0.1)  # fmt: skip
+    write_config(run, options, horizon=4, original_action_dim=2, num_bins_actions=500,
+                 rgb_img_size=(112, 112), tiled_rgb_imgs=False, action_mask_aug_per=0.1)  # fmt: skip
     with pytest.raises(SystemExit, match=r"cameras \['wrist', 'top'\].*--cameras="):
         run_import(run, tmp_path / "ours")
     config = run_import(
@@ -303,10 +303,12 @@ def test_shards_old_names_and_a_copy_of_the_tied_head(trl, tmp_path):
         save_file({k: renamed[k] for k in own}, final / file, {"format": "pt"})
     index = {"weight_map": {k: file for file, own in shards.items() for k in own}}
     (final / "model.safetensors.index.json").write_text(json.dumps(index))
-    (final / "preprocessor_config.json").write_text(  # of Transformers 4
-        json.dumps({"image_processor_type": "Qwen2VLImageProcessor", "min_pixels": 100352, "max_pixels": 100352,
-                    "patch_size": 14, "temporal_patch_size": 2, "merge_size": 2})
-    )  # fmt: skip
+    image_processor = {  # of Transformers 4
+        "image_processor_type": "Qwen2VLImageProcessor", "min_pixels": 100352, "max_pixels": 100352,
+        "patch_size": 14, "temporal_patch_size": 2, "merge_size": 2,
+    }  # fmt: skip
+    (final / "preprocessor_config.json").write_text(json.dumps(image_processor))
+    (final / "processor_config.json").unlink()
     found = run_import(trl, tmp_path / "found")
     pairs = zip(expected.named_parameters(), found.named_parameters(), strict=True)
     assert all(a == b and torch.equal(p, q) for (a, p), (b, q) in pairs)

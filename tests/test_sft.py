@@ -9,13 +9,12 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from conftest import make_batch, observation, run_script
 from lerobot.datasets.factory import make_dataset
-from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.policies.factory import make_policy, make_pre_post_processors
+from local_hub import TOKEN
 from safetensors.torch import load_file
 from torch.utils.data import default_collate
 
@@ -24,35 +23,11 @@ from lerobot_vla0.modeling_vla0 import VLA0Policy
 from lerobot_vla0.sft import sft
 from lerobot_vla0.sft_options import parse
 
-TASKS = ["pick up the milk and place it in the basket", "open the middle drawer of the cabinet"]
 NO_AUGMENTATION = [
     "--policy.crop_ratio=1.0",
     "--policy.action_mask_prob=0",
     *(f"--policy.jitter_{kind}=0" for kind in ("brightness", "contrast", "saturation", "hue")),
 ]
-
-
-@pytest.fixture(scope="session")
-def tiny_dataset(tmp_path_factory) -> Path:
-    """Four episodes of six frames; tasks of libero_object and libero_goal in turn."""
-    root = tmp_path_factory.mktemp("tiny") / "data"
-    cameras = ("observation.images.image", "observation.images.image2")
-    features = {
-        k: {"dtype": "image", "shape": (64, 64, 3), "names": ["height", "width", "channel"]} for k in cameras
-    }
-    features["observation.state"] = {"dtype": "float32", "shape": (8,), "names": None}
-    features["action"] = {"dtype": "float32", "shape": (7,), "names": None}
-    dataset = LeRobotDataset.create("local/tiny", fps=10, features=features, root=root, use_videos=False)
-    rng = np.random.default_rng(0)
-    for episode in range(4):
-        for _ in range(6):
-            frame = {key: rng.integers(0, 255, (64, 64, 3), dtype=np.uint8) for key in cameras}
-            frame["observation.state"] = rng.normal(size=8).astype(np.float32)
-            frame["action"] = rng.uniform(-0.9, 0.9, 7).astype(np.float32)
-            dataset.add_frame(frame | {"task": TASKS[episode % 2]})
-        dataset.save_episode()
-    dataset.finalize()
-    return root
 
 
 @pytest.fixture
@@ -214,30 +189,15 @@ def test_success_rates_go_to_the_trackers(arguments, throw_away, monkeypatch, tm
     assert values["eval/libero_object_success"] == 0.25 and values["train/loss"] > 0
 
 
-def test_push_has_lerobots_layout(arguments, monkeypatch):
-    from huggingface_hub import HfApi, ModelCard
-    from huggingface_hub.hf_api import RepoUrl
-
-    pushed: dict[str, set[str]] = {}
-
-    def upload(self, *, repo_id, folder_path, **kwargs):
-        files = {str(p.relative_to(folder_path)) for p in Path(folder_path).rglob("*") if p.is_file()}
-        pushed.setdefault(repo_id, set()).update(files)
-        return type("Commit", (), {"repo_url": RepoUrl(f"https://huggingface.co/{repo_id}")})()
-
-    monkeypatch.setattr(
-        HfApi, "create_repo", lambda self, repo_id, **kw: RepoUrl(f"https://huggingface.co/{repo_id}")
-    )
-    monkeypatch.setattr(HfApi, "upload_folder", upload)
-    monkeypatch.setattr(ModelCard, "validate", lambda self: None)  # asks the Hub
-    sft(
-        parse(
-            [*arguments, "--max_steps=1", "--save_strategy=no", "--push_to_hub", "--hub_model_id=me/policy"]
-        )
-    )
-    assert list(pushed) == ["me/policy"]
+@pytest.mark.slow
+def test_push_has_lerobots_layout(arguments, hub, process_env, tmp_path):
+    env = {**process_env, **hub.env(tmp_path / "hf", HF_TOKEN=TOKEN)}
+    options = ["--max_steps=1", "--save_strategy=no", "--push_to_hub", "--hub_model_id=me/policy"]
+    run_script("lerobot-vla0", "sft", *arguments, *options, env=env)
+    files = hub.files("me/policy")
     assert {"config.json", "model.safetensors", "vlm/tokenizer.json", "README.md", "train_config.json",
-            "policy_preprocessor.json", "policy_postprocessor.json"} <= pushed["me/policy"]  # fmt: skip
+            "policy_preprocessor.json", "policy_postprocessor.json"} <= files.keys()  # fmt: skip
+    assert files["model.safetensors"] == (tmp_path / "run/final/model.safetensors").read_bytes()
 
 
 # ------------------------------------------------------------------------------------------------- bad input
