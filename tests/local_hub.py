@@ -55,6 +55,8 @@ class LocalHub:
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.hub = self
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+        # Another host, as the Hub's storage is: a redirect there carries the headers that the client wants.
+        self.storage_url = self.url.replace("127.0.0.1", "localhost")
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
     def env(self, home: Path, **more: str) -> dict[str, str]:
@@ -228,7 +230,7 @@ class Handler(BaseHTTPRequestHandler):
         self.must_own()
         objects = []
         for entry in wanted["objects"]:
-            upload = {"upload": {"href": f"{self.hub.url}/lfs/{entry['oid']}"}}
+            upload = {"upload": {"href": f"{self.hub.storage_url}/lfs/{entry['oid']}"}}
             known = entry["oid"] in self.hub.objects
             objects.append({**entry, **({} if known else {"actions": upload})})
         self.answer({"transfer": "basic", "objects": objects})
@@ -260,4 +262,4 @@ class Handler(BaseHTTPRequestHandler):
         oid = hashlib.sha256(content).hexdigest()
         self.hub.objects[oid] = content
         headers = {"X-Linked-ETag": f'"{oid}"', "X-Linked-Size": str(len(content)), "X-Repo-Commit": sha}
-        return self.answer(b"", 302, {**headers, "Location": f"{self.hub.url}/lfs/{oid}"})
+        return self.answer(b"", 302, {**headers, "Location": f"{self.hub.storage_url}/lfs/{oid}"})
