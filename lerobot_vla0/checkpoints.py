@@ -3,6 +3,10 @@ training with PEFT, adapter_model.safetensors and adapter_config.json, which nam
 
 import json
 import logging
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,6 +22,30 @@ from .processor_vla0 import check_action_statistics
 VLM_FOLDER = "vlm"  # config, tokenizer and image processor of the VLM
 WEIGHTS = "model.safetensors"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+@contextmanager
+def new_folder(out: str | Path) -> Iterator[Path]:
+    """A folder to write into, which becomes `out` when all is written, and is removed when that fails.
+
+    Raises:
+        FileExistsError: `out` exists and is not empty.
+    """
+    out = Path(out)
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise FileExistsError(
+            f"out={str(out)!r} exists and is not empty. Choose another folder or remove it."
+        )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # Beside `out`: a folder can be renamed on one file system only.
+    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}-partial-", dir=out.parent))
+    try:
+        partial.chmod(0o755)  # mkdtemp's is for its owner alone
+        yield partial
+        partial.replace(out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def import_peft() -> ModuleType:

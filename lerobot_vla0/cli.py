@@ -30,6 +30,10 @@ COMMANDS = {
         "bench.train", "BenchTrainConfig", "bench_train", "measure a training step against sample by sample"
     ),
     "merge": Command("merge", "MergeConfig", "merge", "fold a LoRA adapter into a full checkpoint"),
+    "import": Command(
+        "import_checkpoint", None, "main", "import a checkpoint of NVlabs/vla0, vla0-trl or TinyVLA"
+    ),
+    "card": Command("card", "CardConfig", "write_card", "write the model card of a checkpoint"),
     "curve": Command("curve", "CurveConfig", "plot_curve", "plot the loss curve of a lerobot-train log"),
     "tiny-vlm": Command("tiny_vlm", "TinyVLMConfig", "make_tiny_vlm", "write a small random Qwen2.5-VL"),
 }

@@ -1,12 +1,36 @@
 """LeRobot configuration of VLA-0 (`--policy.type=vla0`). Imports neither transformers nor a simulator."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import draccus
+from draccus.utils import DecodingError
 from lerobot.configs import NormalizationMode, PreTrainedConfig
 from lerobot.optim import AdamWConfig
 from lerobot.optim.schedulers import ConstantWithWarmupSchedulerConfig
 
 DTYPES = ("bfloat16", "float16", "float32")
+# Raised when a checkpoint of this package could no longer be read, or would act otherwise, in an older one.
+# Adding a field does not count: an older version refuses a field that it does not know by name.
+FORMAT_VERSION = 1
+
+
+class FormatVersion(int):
+    """A type of its own, so that reading a config.json refuses a newer version before it stumbles over the
+    fields that the newer version has added."""
+
+
+@draccus.decode.register(FormatVersion)
+def _read_format_version(raw: object, path: Sequence[str]) -> FormatVersion:
+    if not isinstance(raw, int) or raw < 1:
+        raise DecodingError(path, f"{raw!r} is not allowed: it must be an integer from 1.")
+    if raw > FORMAT_VERSION:
+        raise DecodingError(
+            path,
+            f"version {raw} was written by a newer lerobot_policy_vla0; the one that is installed reads up "
+            f"to {FORMAT_VERSION}. Upgrade: pip install --upgrade lerobot_policy_vla0",
+        )
+    return FormatVersion(raw)
 
 
 @PreTrainedConfig.register_subclass("vla0")
@@ -19,6 +43,9 @@ class VLA0Config(PreTrainedConfig):
     Raises:
         ValueError: a field is out of its range; the message names the field, its value and what is allowed.
     """
+
+    # Of the checkpoint; a checkpoint without it was written before it was recorded, and is of version 1.
+    format_version: FormatVersion = FormatVersion(FORMAT_VERSION)  # noqa: RUF009 (an int)
 
     # --- backbone ---
     # Hub id or folder of the base VLM. Read only for a fresh policy: checkpoints carry their own VLM files.

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from lerobot.configs import PreTrainedConfig, parser
 
-from .checkpoints import ADAPTER_CONFIG
+from .checkpoints import ADAPTER_CONFIG, new_folder
 
 
 @dataclass
@@ -47,22 +47,19 @@ def merge(config: MergeConfig) -> Path:
     if config.policy is None:
         raise ValueError("which adapter? --policy.path=<checkpoint folder or Hub repo>")
     out, path = Path(config.out), str(config.policy.pretrained_path)
-    if out.is_dir() and any(out.iterdir()):
-        raise FileExistsError(
-            f"out={str(out)!r} exists and is not empty. Choose another folder or remove it."
-        )
     if not config.policy.use_peft:
         raise ValueError(f"{path} is no adapter (it has no {ADAPTER_CONFIG}): there is nothing to merge.")
-    policy = VLA0Policy.from_pretrained(
-        path, config=config.policy, revision=config.policy.pretrained_revision
-    )
-    policy.save_pretrained(out)
-    for processor in make_pre_post_processors(
-        policy.config,
-        pretrained_path=path,
-        pretrained_revision=config.policy.pretrained_revision,
-        preprocessor_overrides={"device_processor": {"device": policy.config.device}},
-    ):
-        processor.save_pretrained(out)
+    with new_folder(out) as folder:
+        policy = VLA0Policy.from_pretrained(
+            path, config=config.policy, revision=config.policy.pretrained_revision
+        )
+        policy.save_pretrained(folder)
+        for processor in make_pre_post_processors(
+            policy.config,
+            pretrained_path=path,
+            pretrained_revision=config.policy.pretrained_revision,
+            preprocessor_overrides={"device_processor": {"device": policy.config.device}},
+        ):
+            processor.save_pretrained(folder)
     print(f"Wrote {out}")
     return out

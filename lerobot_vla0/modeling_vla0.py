@@ -14,14 +14,15 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import ModelCard, snapshot_download
 from lerobot.configs import PreTrainedConfig
 from lerobot.policies.pretrained import PreTrainedPolicy
-from lerobot.utils.constants import OBS_STATE
+from lerobot.utils.constants import ACTION, OBS_STATE
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from . import backbone, decoding
+from .card import make_card, training_of
 from .checkpoints import (
     ADAPTER_CONFIG,
     VLM_FOLDER,
@@ -429,6 +430,30 @@ class VLA0Policy(PreTrainedPolicy):
     def _save_pretrained(self, save_directory: Path, state_dict: dict[str, Tensor] | None = None) -> None:
         super()._save_pretrained(save_directory, state_dict=state_dict)
         backbone.save_vlm(self.model, self.vlm_processor, Path(save_directory) / VLM_FOLDER)
+
+    def generate_model_card(
+        self,
+        dataset_repo_id: str,
+        model_type: str,
+        license: str | None,
+        tags: list[str] | None,
+        cfg: Any = None,
+        dataset_meta: Any = None,
+    ) -> ModelCard:
+        """README.md of a push. Warns if an adapter's base is a folder of this machine."""
+        base = str(self.config.pretrained_path or self.config.vlm)
+        if self.config.use_peft and Path(base).is_dir():
+            logging.warning(
+                f"the adapter's base is the folder {base}: what was pushed loads on this machine only. Push "
+                f"the base, too, and name it as base_model_name_or_path in {ADAPTER_CONFIG}, or push what "
+                "`lerobot-vla0 merge` writes."
+            )
+        action_range, dataset = None, None
+        if dataset_meta is not None:
+            names = STATISTICS[self.config.normalization_mapping["ACTION"]]
+            action_range = {name: dataset_meta.stats[ACTION][name] for name in names}
+            dataset = {"episodes": dataset_meta.total_episodes, "frames": dataset_meta.total_frames}
+        return make_card(self.config, training_of(cfg), action_range, dataset=dataset)
 
     @classmethod
     def from_pretrained(

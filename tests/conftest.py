@@ -1,16 +1,14 @@
 """Shared fixtures: a tiny VLM, a policy on it, and reference data where it is at hand."""
 
-import hashlib
 import json
 import os
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import torch
+from local_hub import LocalHub
 
 from lerobot_vla0.configuration_vla0 import VLA0Config
 
@@ -146,60 +144,12 @@ def throw_away(tmp_path_factory, monkeypatch) -> None:
     monkeypatch.setenv("LIBERO_CONFIG_PATH", str(home / "libero"))
 
 
-class LocalHub(BaseHTTPRequestHandler):
-    """The part of the Hugging Face Hub's HTTP interface that the real client reads a repo through."""
-
-    SHA = "0" * 40
-
-    def do_HEAD(self) -> None:
-        self.answer(body=False)
-
-    def do_GET(self) -> None:
-        self.answer(body=True)
-
-    def answer(self, body: bool) -> None:
-        root, path = self.server.root, self.path.split("?")[0].strip("/")
-        if path.startswith("api/"):  # api/datasets/<owner>/<name>/{revision,tree}/<revision>
-            repo, found = "/".join(path.split("/")[1:4]), "/revision/" in path or "/tree/" in path
-            info = {"id": repo.partition("/")[2], "sha": self.SHA, "siblings": []}
-            files = [p for p in sorted((root / repo).rglob("*")) if p.is_file()]
-            tree = [
-                {
-                    "type": "file",
-                    "path": str(p.relative_to(root / repo)),
-                    "size": p.stat().st_size,
-                    "oid": hashlib.sha1(p.read_bytes()).hexdigest(),
-                }
-                for p in files
-            ]
-            content = json.dumps(tree if "/tree/" in path else info).encode()
-        else:  # datasets/<owner>/<name>/resolve/<revision>/<file>
-            repo, _, file = path.partition("/resolve/")
-            file = root / repo / file.partition("/")[2]
-            found = file.is_file()
-            content = file.read_bytes() if found else b""
-        self.send_response(200 if found else 404)
-        self.send_header("Content-Length", str(len(content)))
-        self.send_header("ETag", f'"{hashlib.sha1(content).hexdigest()}"')
-        self.send_header("X-Repo-Commit", self.SHA)
-        self.end_headers()
-        if body:
-            self.wfile.write(content)
-
-    def log_message(self, *arguments: object) -> None:
-        self.server.requests.append(self.path)
-
-
 @pytest.fixture
 def hub(tmp_path):
-    """A local stand-in for the Hugging Face Hub: `hub.root / "datasets/owner/name"` is a repo,
-    `HF_ENDPOINT=hub.url` in a process's environment makes the real client use it."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), LocalHub)
-    server.root, server.requests = tmp_path / "hub", []
-    server.url = f"http://127.0.0.1:{server.server_address[1]}"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    """A local stand-in for the Hugging Face Hub, see local_hub.py."""
+    server = LocalHub(tmp_path / "hub")
     yield server
-    server.shutdown()
+    server.close()
 
 
 def run_script(name: str, *arguments: str, env: dict[str, str], timeout: int = 600, check: bool = True):
@@ -218,6 +168,36 @@ def run_script(name: str, *arguments: str, env: dict[str, str], timeout: int = 6
     if check and result.returncode:
         pytest.fail(f"{' '.join(command)} exited with {result.returncode}:\n{result.stdout[-4000:]}")
     return result
+
+
+# One of libero_object, one of libero_goal.
+SUITE_TASKS = ["pick up the milk and place it in the basket", "open the middle drawer of the cabinet"]
+
+
+@pytest.fixture(scope="session")
+def tiny_dataset(tmp_path_factory) -> Path:
+    """Four episodes of six frames; tasks of libero_object and libero_goal in turn."""
+    import numpy as np
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    root = tmp_path_factory.mktemp("tiny") / "data"
+    cameras = ("observation.images.image", "observation.images.image2")
+    features = {
+        k: {"dtype": "image", "shape": (64, 64, 3), "names": ["height", "width", "channel"]} for k in cameras
+    }
+    features["observation.state"] = {"dtype": "float32", "shape": (8,), "names": None}
+    features["action"] = {"dtype": "float32", "shape": (7,), "names": None}
+    dataset = LeRobotDataset.create("local/tiny", fps=10, features=features, root=root, use_videos=False)
+    rng = np.random.default_rng(0)
+    for episode in range(4):
+        for _ in range(6):
+            frame = {key: rng.integers(0, 255, (64, 64, 3), dtype=np.uint8) for key in cameras}
+            frame["observation.state"] = rng.normal(size=8).astype(np.float32)
+            frame["action"] = rng.uniform(-0.9, 0.9, 7).astype(np.float32)
+            dataset.add_frame(frame | {"task": SUITE_TASKS[episode % 2]})
+        dataset.save_episode()
+    dataset.finalize()
+    return root
 
 
 @pytest.fixture(scope="session")

@@ -87,11 +87,11 @@ def write_report(folder: Path) -> Path:
     lines += ["| suite | task | success | 95 % interval | mean steps of successes |", "|---|---|---|---|---|"]
     for suite, tasks in groups.items():
         for task_id, rows in tasks.items():
-            lines.append(_row(suite, f"{task_id}: {rows[0]['task']}", rows))
+            lines.append(table_row(suite, f"{task_id}: {rows[0]['task']}", rows))
         if len(tasks) > 1:
-            lines.append(_row(f"**{suite}**", "all", [row for rows in tasks.values() for row in rows]))
+            lines.append(table_row(f"**{suite}**", "all", [row for rows in tasks.values() for row in rows]))
     if len(groups) > 1:
-        lines.append(_row("**all**", "all", list(episodes.values())))
+        lines.append(table_row("**all**", "all", list(episodes.values())))
     expected = settings["episodes_in_all"]
     if len(episodes) < expected:
         lines += ["", f"Unfinished: {len(episodes)} of {expected} episodes."]
@@ -102,7 +102,7 @@ def write_report(folder: Path) -> Path:
     return folder / "report.md"
 
 
-def _row(suite: str, task: str, rows: list[Episode]) -> str:
+def table_row(suite: str, task: str, rows: list[Episode]) -> str:
     successes = sum(row["success"] for row in rows)
     low, high = wilson(successes, len(rows))
     steps = [row["steps"] for row in rows if row["success"]]
