@@ -38,7 +38,7 @@ from .grammar import IntegerGrammar
 from .loss import linear_cross_entropy
 from .processor_vla0 import ACTION_CLIPPED, STATISTICS
 from .prompt import IGNORE
-from .prompt_cache import PromptCache, RowCache, encode_prefix
+from .prompt_cache import PromptCache, RowByRow, RowCache, encode_prefix
 from .task_stats import TASK_RANGE, add_task_statistics
 
 # Longest draft in symbols, and the chance below which a further one is not worth its cost. On two CPU cores
@@ -61,7 +61,7 @@ class Environment:
 
 
 class VLA0Policy(PreTrainedPolicy):
-    """Qwen2.5-VL, unmodified, that writes the next `chunk_size` actions as text.
+    """A VLM (Qwen2.5-VL for one), unmodified, that writes the next `chunk_size` actions as text.
 
     Batches come from the preprocessor: images float (B, 3, H, W) in [0, 1] under `config.camera_keys`, `task`
     a list of B instructions, `action` (training) int64 bins (B, chunk_size, D) in 0..num_bins. Actions go to
@@ -107,10 +107,16 @@ class VLA0Policy(PreTrainedPolicy):
         if config.gradient_checkpointing:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if config.freeze_vision:
-            self.model.model.visual.requires_grad_(False)
+            for module in backbone.vision_modules(self.model):
+                module.requires_grad_(False)
         if config.compile_model:
             # The language model alone: the vision encoder reads sizes on the CPU, which breaks the graph.
-            self.model.model.language_model.compile(dynamic=True)
+            backbone.language_model(self.model).compile(dynamic=True)
+        if not backbone.has_prompt_cache(self.model):
+            logging.warning(
+                f"{self.model.config.model_type}: acting decodes row by row on Transformers' own cache, the "
+                "same actions in more time than with the other VLMs (see --help of vlm)."
+            )
         # Position embeddings are float32 buffers whatever the weights are, so move the device, never the
         # dtype.
         self.model.to(config.device)
@@ -172,7 +178,7 @@ class VLA0Policy(PreTrainedPolicy):
         # All linear layers of the language model, as in QLoRA (arXiv 2305.14314, section 4); of the vision
         # encoder none.
         return {
-            "target_modules": r".*language_model\.layers\.\d+\."
+            "target_modules": rf".*{backbone.family(self.model).text}\.layers\.\d+\."
             r"(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
         }
 
@@ -345,8 +351,10 @@ class VLA0Policy(PreTrainedPolicy):
             executed = min(steps, self.config.n_action_steps)
             drafter.remember(answer[: steps * self.action_dim], executed)
 
-    def prompt_cache(self, inputs: dict[str, Tensor]) -> PromptCache:
+    def prompt_cache(self, inputs: dict[str, Tensor]) -> decoding.Model:
         """The VLM behind prompts, for decoding. With compile_model one at a time: they share buffers."""
+        if not backbone.has_prompt_cache(self.model):
+            return RowByRow(self.model, inputs, self.grammar.token_ids)
         compiled = self.config.compile_model
         return PromptCache(
             self.model,
@@ -376,7 +384,8 @@ class VLA0Policy(PreTrainedPolicy):
         """Keys and values of what every prompt begins with, the words before the first picture; kept until
         the weights may change."""
         if self._prefix is None or self._prefix[0][0].device != inputs["input_ids"].device:
-            length = int(inputs["mm_token_type_ids"][0].argmax())
+            is_picture = inputs["input_ids"][0] == self.vlm_processor.image_token_id
+            length = int(is_picture.int().argmax())
             self._prefix = encode_prefix(self.model, inputs["input_ids"][:1, :length])
         return self._prefix
 
