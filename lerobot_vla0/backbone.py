@@ -209,6 +209,25 @@ def picture_text(processor: Any, height: int, width: int) -> tuple[str, str]:
             return token, tokens
 
 
+def pin_picture_size(processor: Any, height: int, width: int) -> None:
+    """Sets the processor so that whoever calls it with its defaults shows pictures of this size as they
+    are."""
+    settings, rule = processor.image_processor, picture_rule(processor)
+    match type(processor).__name__:
+        case "Gemma3Processor":
+            pass
+        case "InternVLProcessor":
+            settings.size = {"height": height, "width": width}
+            settings.crop_to_patches = False
+            processor.image_seq_length = (height // rule.multiple) ** 2
+        case "SmolVLMProcessor":
+            settings.size = settings.max_image_size = {"longest_edge": height}
+            settings.do_image_splitting = False
+            processor.image_seq_len = (height // rule.multiple) ** 2
+        case _:
+            settings.size = {"shortest_edge": height * width, "longest_edge": height * width}
+
+
 def vision_inputs(processor: Any, pictures: Tensor, input_ids: Tensor) -> dict[str, Tensor]:
     """Model inputs that accompany the tokens: what Transformers' processor returns, to the bit (of
     its torchvision backend).

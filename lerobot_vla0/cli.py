@@ -30,6 +30,9 @@ COMMANDS = {
         "bench_train", "BenchTrainConfig", "bench_train", "measure a training step against sample by sample"
     ),
     "merge": Command("merge", "MergeConfig", "merge", "fold a LoRA adapter into a full checkpoint"),
+    "export": Command(
+        "export", "ExportConfig", "export", "write a plain Transformers folder for serving engines"
+    ),
     "curve": Command("curve", "CurveConfig", "plot_curve", "plot the loss curve of a lerobot-train log"),
     "tiny-vlm": Command("tiny_vlm", "TinyVLMConfig", "make_tiny_vlm", "write a small random Qwen2.5-VL"),
 }

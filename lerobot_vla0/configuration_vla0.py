@@ -68,6 +68,15 @@ class VLA0Config(PreTrainedConfig):
     # adapts to how many are right; 0 guesses none (only tokens that the grammar forces ride along).
     draft_length: int | None = None
 
+    # --- a server instead of weights ---
+    # OpenAI-compatible base URL (http://localhost:8000/v1) of a server that has the export (lerobot-vla0
+    # export) of the checkpoint at --policy.path: the VLM runs there, no weights are loaded. For acting only.
+    server: str | None = None
+    # Seconds without a byte from the server until a request counts as lost; it is sent three times.
+    server_timeout: float = 30.0
+    # Name of the model on the server; None takes its only one.
+    server_model: str | None = None
+
     # --- images ---
     # Image keys in the order in which they are shown; None takes all of the data set, in its order.
     cameras: list[str] | None = None
@@ -148,6 +157,12 @@ class VLA0Config(PreTrainedConfig):
         self._check(
             "draft_length", self.draft_length is None or 0 <= self.draft_length <= 63, "None or in 0..63"
         )
+        self._check(
+            "server",
+            self.server is None or self.server.startswith(("http://", "https://")),
+            "a URL that begins with http:// or https://",
+        )
+        self._check("server_timeout", self.server_timeout > 0, "above 0")
         cameras = self.cameras
         self._check("cameras", cameras is None or (cameras and len(set(cameras)) == len(cameras)),
                     "None or a list of different image keys")  # fmt: skip

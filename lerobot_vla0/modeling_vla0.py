@@ -20,6 +20,7 @@ from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.utils.constants import OBS_STATE
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from transformers import AutoProcessor
 
 from . import backbone, decoding
 from .checkpoints import (
@@ -39,6 +40,7 @@ from .loss import linear_cross_entropy
 from .processor_vla0 import ACTION_CLIPPED, STATISTICS
 from .prompt import IGNORE
 from .prompt_cache import PromptCache, RowByRow, RowCache, encode_prefix
+from .server import Server
 from .task_stats import TASK_RANGE, add_task_statistics
 
 # Longest draft in symbols, and the chance below which a further one is not worth its cost. On two CPU cores
@@ -57,7 +59,7 @@ class Environment:
             config.ensemble_size, config.ensemble_weight, config.ensemble_exponential
         )
         # The last chunk changes the speed only.
-        self.drafter = policy.make_drafter(policy.trust)
+        self.drafter = None if policy.server else policy.make_drafter(policy.trust)
 
 
 class VLA0Policy(PreTrainedPolicy):
@@ -91,6 +93,10 @@ class VLA0Policy(PreTrainedPolicy):
         if config.action_norm == "task" and dataset_meta is not None:
             names = STATISTICS[config.normalization_mapping["ACTION"]]
             add_task_statistics(dataset_meta, names, config.num_bins)
+        if config.server is not None:
+            self._init_server(vlm_folder)
+            return
+        self.server = None
         load = {"dtype": config.dtype, "attn_implementation": config.attn_implementation}
         if vlm_folder is None:
             self.model, self.vlm_processor = backbone.load_vlm(
@@ -135,7 +141,22 @@ class VLA0Policy(PreTrainedPolicy):
         self._prefix: list[tuple[Tensor, Tensor]] | None = None
         self.reset()
 
+    def _init_server(self, vlm_folder: Path | None) -> None:
+        if vlm_folder is None:
+            raise ValueError(
+                f"server={self.config.server!r} is for acting with a trained checkpoint, which is the export "
+                "that the server has: give it with --policy.path, or leave server out."
+            )
+        self.vlm_processor = AutoProcessor.from_pretrained(vlm_folder)
+        self.examples = ExampleMaker(self.config, self.vlm_processor)
+        self.chat, self.action_dim = self.examples.chat, self.examples.action_dim
+        self.server = Server(self.config, self.examples)
+        # LeRobot counts parameters and asks them for the device.
+        self.nothing = nn.Parameter(torch.zeros(0, device=self.config.device), requires_grad=False)
+        self.reset()
+
     def get_optim_params(self) -> list[nn.Parameter]:
+        self._check_has_weights()
         if self.config.load_in_4bit and not self.config.use_peft:
             raise ValueError(
                 "load_in_4bit=True: weights of 4 bits cannot be trained themselves. Train an adapter on them "
@@ -185,6 +206,13 @@ class VLA0Policy(PreTrainedPolicy):
     def _validate_peft_config(self, peft_config: Any) -> None:
         """LeRobot refuses adapters on a fresh policy; here it is a pretrained VLM."""
 
+    def _check_has_weights(self) -> None:
+        if self.server is not None:
+            raise ValueError(
+                f"server={self.config.server!r}: the weights are on the server, so that this policy can act "
+                "but not train or be saved. Leave server out."
+            )
+
     # ----------------------------------------------------------------------------------------------- training
 
     def training_inputs(self, batch: dict[str, Any]) -> tuple[dict[str, Tensor], Tensor, Tensor]:
@@ -219,6 +247,7 @@ class VLA0Policy(PreTrainedPolicy):
             between true and predicted integers, teacher-forced, over integers whose digits are all
             supervised; `action_clipped`, the share of action values outside the statistics.
         """
+        self._check_has_weights()
         if reduction not in ("mean", "none"):
             raise ValueError(f"reduction must be 'mean' or 'none', got {reduction!r}.")
         loss, metrics = self.example_loss(*self.training_inputs(batch), reduction)
@@ -316,6 +345,12 @@ class VLA0Policy(PreTrainedPolicy):
         self, batch: dict[str, Any], steps: int, environments: list["Environment"]
     ) -> Iterator[Tensor]:
         """The timesteps of chunks, (rows, D) each, one row per environment."""
+        if self.server is not None:
+            to_bins = self._bins_of_data_set(batch)
+            device = batch[self.config.camera_keys[0]].device
+            chunks = self.server.chunks(batch).to(device, torch.float32)
+            yield from (to_bins(chunks[:, step]) for step in range(steps))
+            return
         training = self.training
         if training:
             self.eval()
@@ -434,6 +469,7 @@ class VLA0Policy(PreTrainedPolicy):
     # -------------------------------------------------------------------------------------------- checkpoints
 
     def _save_pretrained(self, save_directory: Path, state_dict: dict[str, Tensor] | None = None) -> None:
+        self._check_has_weights()
         super()._save_pretrained(save_directory, state_dict=state_dict)
         backbone.save_vlm(self.model, self.vlm_processor, Path(save_directory) / VLM_FOLDER)
 
@@ -491,9 +527,19 @@ class VLA0Policy(PreTrainedPolicy):
         else:
             folder = Path(path)
             if not folder.is_dir():
-                folder = Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors"], **hub))
+                # Of a policy whose VLM is on a server only the processors' statistics.
+                tensors = "policy_*.safetensors" if config is not None and config.server else "*.safetensors"
+                folder = Path(snapshot_download(path, allow_patterns=["*.json", tensors], **hub))
             saved = PreTrainedConfig.from_pretrained(folder)
             config = saved if config is None else config
+            if config.server is not None:
+                if config.use_peft or (folder / ADAPTER_CONFIG).is_file():
+                    raise ValueError(
+                        f"server={config.server!r} with the adapter {path}: fold it into its base first "
+                        "(lerobot-vla0 merge), and export and serve the result."
+                    )
+                check_checkpoint(folder, saved, config, weights=False)
+                return cls(config, vlm_folder=folder / VLM_FOLDER, **kwargs).eval()
             if (folder / ADAPTER_CONFIG).is_file():
                 return cls._from_adapter(folder, config, **kwargs)
             check_checkpoint(folder, saved, config)

@@ -64,8 +64,8 @@ class ChatFormatter:
         # What the template writes before and after the assistant's words: "" and "<|im_end|>\n" for Qwen,
         # " " and "<end_of_utterance>\n" for SmolVLM2.
         answer = {"role": "assistant", "content": [{"type": "text", "text": "0"}]}
-        opened = self._render(self._messages("x"), True)
-        closed = self._render([*self._messages("x"), answer], False)
+        opened = self._render(self.messages("x"), True)
+        closed = self._render([*self.messages("x"), answer], False)
         self.lead, answered, tail = closed.removeprefix(opened).partition("0")
         if not closed.startswith(opened) or not answered or self.lead.strip():
             raise ValueError(
@@ -80,7 +80,8 @@ class ChatFormatter:
         self._number_ids = [[self.digit_ids[int(c)] for c in t] for t in texts]
         self._number_places = [[10 ** (len(t) - 1 - i) for i in range(len(t))] for t in texts]
 
-    def _messages(self, instruction: str) -> list[dict[str, Any]]:
+    def messages(self, instruction: str) -> list[dict[str, Any]]:
+        """The chat up to the assistant's turn, as Transformers' chat templates take it."""
         pictures = [{"type": "image"}] * self.num_pictures
         return [
             {"role": "system", "content": [{"type": "text", "text": self.system_prompt}]},
@@ -115,7 +116,7 @@ class ChatFormatter:
         special = [t for t in [*self.tokenizer.all_special_tokens, *marks] if t in instruction]
         if special:
             raise ValueError(f"task {instruction!r} contains the special token {special[0]!r}.")
-        text = self._render(self._messages(instruction), True) + self.lead
+        text = self._render(self.messages(instruction), True) + self.lead
         ids = self._tokenize(text.replace(self.picture_mark, self.picture_text))
         if len(self._prompts) >= MAX_CACHED_PROMPTS:
             self._prompts.clear()

@@ -50,7 +50,7 @@ def test_prompt_and_pixels_are_the_processors_own(family, folders):
     batch = make_bins(1)
     ours = policy.examples.acting_inputs(batch)
     pictures = policy.examples.pictures(batch, None)[0]
-    text = policy.chat._render(policy.chat._messages(batch["task"][0]), True)
+    text = policy.chat._render(policy.chat.messages(batch["task"][0]), True)
     settings = {
         "smolvlm": {"do_image_splitting": False, "do_resize": False},
         "internvl": {"crop_to_patches": False},
