@@ -112,20 +112,23 @@ def check_adapter(policy: nn.Module, adapter: str | Path, base: str | Path, **hu
                 )
 
 
-def check_checkpoint(folder: Path, saved: PreTrainedConfig, config: PreTrainedConfig) -> None:
+def check_checkpoint(
+    folder: Path, saved: PreTrainedConfig, config: PreTrainedConfig, weights: bool = True
+) -> None:
     """Refuses a folder that would load into a policy that acts wrongly.
 
     Args:
         folder: the checkpoint.
         saved: its own config.
         config: the one it is loaded with, with overrides and the features of the data set or environment.
+        weights: whether they must be there.
 
     Raises:
         FileNotFoundError: weights, VLM config or the file of the statistics are missing.
         ValueError: the action dimension or `num_bins` differ from the checkpoint's, or its statistics lack
             the action's range.
     """
-    for name in (WEIGHTS, f"{VLM_FOLDER}/config.json"):
+    for name in (*([WEIGHTS] if weights else []), f"{VLM_FOLDER}/config.json"):
         if not (folder / name).is_file():
             raise FileNotFoundError(
                 f"{folder} is no VLA-0 checkpoint: {name} is missing. Expected what `save_pretrained` writes "

@@ -34,6 +34,9 @@ COMMANDS = {
         "import_checkpoint", None, "main", "import a checkpoint of NVlabs/vla0, vla0-trl or TinyVLA"
     ),
     "card": Command("card", "CardConfig", "write_card", "write the model card of a checkpoint"),
+    "export": Command(
+        "export", "ExportConfig", "export", "write a plain Transformers folder for serving engines"
+    ),
     "curve": Command("curve", "CurveConfig", "plot_curve", "plot the loss curve of a lerobot-train log"),
     "tiny-vlm": Command("tiny_vlm", "TinyVLMConfig", "make_tiny_vlm", "write a small random Qwen2.5-VL"),
 }

@@ -48,7 +48,9 @@ class VLA0Config(PreTrainedConfig):
     format_version: FormatVersion = FormatVersion(FORMAT_VERSION)  # noqa: RUF009 (an int)
 
     # --- backbone ---
-    # Hub id or folder of the base VLM. Read only for a fresh policy: checkpoints carry their own VLM files.
+    # Hub id or folder of the base VLM: Qwen2-VL, Qwen2.5-VL, Qwen3-VL, SmolVLM2, InternVL, or Gemma 3 (which
+    # decodes row by row, without this package's fast decoder). Read only for a fresh policy: checkpoints
+    # carry their own VLM files.
     vlm: str = "Qwen/Qwen2.5-VL-3B-Instruct"
     # Commit, branch or tag of `vlm` on the Hub.
     vlm_revision: str | None = None
@@ -93,19 +95,31 @@ class VLA0Config(PreTrainedConfig):
     # adapts to how many are right; 0 guesses none (only tokens that the grammar forces ride along).
     draft_length: int | None = None
 
+    # --- a server instead of weights ---
+    # OpenAI-compatible base URL (http://localhost:8000/v1) of a server that has the export (lerobot-vla0
+    # export) of the checkpoint at --policy.path: the VLM runs there, no weights are loaded. For acting only.
+    server: str | None = None
+    # Seconds without a byte from the server until a request counts as lost; it is sent three times.
+    server_timeout: float = 30.0
+    # Name of the model on the server; None takes its only one.
+    server_model: str | None = None
+
     # --- images ---
     # Image keys in the order in which they are shown; None takes all of the data set, in its order.
     cameras: list[str] | None = None
-    # Side in pixels that each camera is resized to; a multiple of 28 for Qwen2.5-VL.
+    # Side in pixels that each camera is resized to; a multiple of 28 for Qwen2.5-VL, Qwen2-VL and InternVL,
+    # of 32 for Qwen3-VL, of 64 for SmolVLM2 (2.2B: 42); 896 for Gemma 3.
     image_size: int = 224
     # Share of height and width kept: random crop in training, centre crop otherwise. 1.0 keeps the whole
     # image.
     crop_ratio: float = 0.875
-    # True: cameras side by side in one picture. False: one picture per camera.
+    # True: cameras side by side in one picture. False: one picture per camera, which SmolVLM2, InternVL and
+    # Gemma 3 need.
     tile_images: bool = True
     # Antialiasing of the resize. Matters only where one happens (not at 256×256 with the defaults).
     resize_antialias: bool = True
     # Write "Picture 1: " before each picture, as the original checkpoints do; vla0-trl and TinyVLA do not.
+    # Only Qwen's chat templates know it.
     add_vision_id: bool = True
 
     # --- augmentation, in training only ---
@@ -170,6 +184,12 @@ class VLA0Config(PreTrainedConfig):
         self._check(
             "draft_length", self.draft_length is None or 0 <= self.draft_length <= 63, "None or in 0..63"
         )
+        self._check(
+            "server",
+            self.server is None or self.server.startswith(("http://", "https://")),
+            "a URL that begins with http:// or https://",
+        )
+        self._check("server_timeout", self.server_timeout > 0, "above 0")
         cameras = self.cameras
         self._check("cameras", cameras is None or (cameras and len(set(cameras)) == len(cameras)),
                     "None or a list of different image keys")  # fmt: skip

@@ -27,19 +27,30 @@ class ExampleMaker:
         vlm_processor: the VLM's Transformers processor.
 
     Raises:
-        ValueError: `image_size` is one that the VLM's image processor would change, or the tokenizer does not
-            write numbers digit by digit.
+        ValueError: `image_size` or `tile_images` makes pictures that the VLM cannot be shown as they are, or
+            the tokenizer does not write numbers digit by digit.
     """
 
     def __init__(self, config: VLA0Config, vlm_processor: Any) -> None:
         self.config, self.vlm_processor = config, vlm_processor
-        multiple = backbone.picture_multiple(vlm_processor)
+        self.rule = backbone.picture_rule(vlm_processor)
+        multiple, fixed = self.rule.multiple, self.rule.fixed
+        if fixed and config.image_size != fixed:
+            raise ValueError(
+                f"image_size={config.image_size} does not fit this VLM, which sees {fixed}×{fixed} pixels "
+                f"only (smaller cameras are enlarged). Set image_size={fixed}."
+            )
         if config.image_size % multiple:
             raise ValueError(
                 f"image_size={config.image_size} must be a multiple of {multiple} for this VLM, for example "
                 f"{max(1, round(config.image_size / multiple)) * multiple}."
             )
         tiled, cameras = config.tile_images, len(config.camera_keys)
+        if self.rule.square and tiled and cameras > 1:
+            raise ValueError(
+                f"tile_images=True puts {cameras} cameras side by side, and this VLM takes square pictures "
+                "only. Set tile_images=false: one picture per camera."
+            )
         self.action_dim = config.action_feature.shape[0]
         self.chat = ChatFormatter(
             vlm_processor,
@@ -79,7 +90,7 @@ class ExampleMaker:
                     f"{key} must be a float tensor (B, 3, H, W) in [0, 1], got {batch[key].dtype} of shape "
                     f"{tuple(batch[key].shape)}."
                 )
-            if min(batch[key].shape[-2:]) < config.image_size:
+            if min(batch[key].shape[-2:]) < config.image_size and not self.rule.fixed:
                 raise ValueError(
                     f"{key} is {batch[key].shape[-2]}×{batch[key].shape[-1]} pixels, smaller than the crop "
                     f"of image_size={config.image_size}: it would have to be enlarged. Lower image_size."

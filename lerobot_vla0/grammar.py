@@ -53,6 +53,12 @@ class IntegerGrammar:
                 self._allowed[:, value + 1, self.digit_symbols[digit]] = value != 0 and grown <= maximum
             self._allowed[0, value + 1, self.space] = self._allowed[1, value + 1, self.end] = value >= 0
 
+    @property
+    def regex(self) -> str:
+        """The same language, without the end of turn, as a regular expression for structured output."""
+        number = integer_regex(self.maximum)
+        return f"({number})( ({number})){{{self.count - 1}}}"
+
     def allowed(self, text: Text) -> np.ndarray:
         """Which symbols may follow an unfinished text, (12,) bool. At least one always may."""
         return self._allowed[int(len(text.integers) == self.count - 1), text.value + 1]
@@ -94,3 +100,18 @@ class IntegerGrammar:
                 best = candidate
             scale *= 10
         return best
+
+
+def integer_regex(maximum: int) -> str:
+    """Alternatives for the integers 0..maximum without leading zeros: "0|[1-9][0-9]{0,2}|1000" for 1000."""
+    digits = str(maximum)
+    parts = ["0"]
+    if len(digits) > 1:
+        parts.append(f"[1-9][0-9]{{0,{len(digits) - 2}}}")
+    for place, digit in enumerate(digits):
+        # The digits before as in `maximum`, a smaller one here, and any behind.
+        lowest, highest, rest = int(place == 0), int(digit) - 1, len(digits) - place - 1
+        if highest >= lowest:
+            behind = f"[0-9]{{{rest}}}" if rest else ""
+            parts.append(f"{digits[:place]}[{lowest}-{highest}]{behind}")
+    return "|".join([*parts, digits])

@@ -20,6 +20,7 @@ from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.utils.constants import ACTION, OBS_STATE
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from transformers import AutoProcessor
 
 from . import backbone, decoding
 from .card import make_card, training_of
@@ -39,7 +40,8 @@ from .grammar import IntegerGrammar
 from .loss import linear_cross_entropy
 from .processor_vla0 import ACTION_CLIPPED, STATISTICS
 from .prompt import IGNORE
-from .prompt_cache import PromptCache, RowCache, encode_prefix
+from .prompt_cache import PromptCache, RowByRow, RowCache, encode_prefix
+from .server import Server
 from .task_stats import TASK_RANGE, add_task_statistics
 
 # Longest draft in symbols, and the chance below which a further one is not worth its cost, for one row. On
@@ -60,11 +62,11 @@ class Environment:
             config.ensemble_size, config.ensemble_weight, config.ensemble_exponential
         )
         # The last chunk changes the speed only.
-        self.drafter = policy.make_drafter(policy.trust, rows)
+        self.drafter = None if policy.server else policy.make_drafter(policy.trust, rows)
 
 
 class VLA0Policy(PreTrainedPolicy):
-    """Qwen2.5-VL, unmodified, that writes the next `chunk_size` actions as text.
+    """A VLM (Qwen2.5-VL for one), unmodified, that writes the next `chunk_size` actions as text.
 
     Batches come from the preprocessor: images float (B, 3, H, W) in [0, 1] under `config.camera_keys`, `task`
     a list of B instructions, `action` (training) int64 bins (B, chunk_size, D) in 0..num_bins. Actions go to
@@ -94,6 +96,10 @@ class VLA0Policy(PreTrainedPolicy):
         if config.action_norm == "task" and dataset_meta is not None:
             names = STATISTICS[config.normalization_mapping["ACTION"]]
             add_task_statistics(dataset_meta, names, config.num_bins)
+        if config.server is not None:
+            self._init_server(vlm_folder)
+            return
+        self.server = None
         load = {"dtype": config.dtype, "attn_implementation": config.attn_implementation}
         if vlm_folder is None:
             self.model, self.vlm_processor = backbone.load_vlm(
@@ -110,10 +116,16 @@ class VLA0Policy(PreTrainedPolicy):
         if config.gradient_checkpointing:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if config.freeze_vision:
-            self.model.model.visual.requires_grad_(False)
+            for module in backbone.vision_modules(self.model):
+                module.requires_grad_(False)
         if config.compile_model:
             # The language model alone: the vision encoder reads sizes on the CPU, which breaks the graph.
-            self.model.model.language_model.compile(dynamic=True)
+            backbone.language_model(self.model).compile(dynamic=True)
+        if not backbone.has_prompt_cache(self.model):
+            logging.warning(
+                f"{self.model.config.model_type}: acting decodes row by row on Transformers' own cache, the "
+                "same actions in more time than with the other VLMs (see --help of vlm)."
+            )
         # Position embeddings are float32 buffers whatever the weights are, so move the device, never the
         # dtype.
         self.model.to(config.device)
@@ -132,7 +144,22 @@ class VLA0Policy(PreTrainedPolicy):
         self._prefix: list[tuple[Tensor, Tensor]] | None = None
         self.reset()
 
+    def _init_server(self, vlm_folder: Path | None) -> None:
+        if vlm_folder is None:
+            raise ValueError(
+                f"server={self.config.server!r} is for acting with a trained checkpoint, which is the export "
+                "that the server has: give it with --policy.path, or leave server out."
+            )
+        self.vlm_processor = AutoProcessor.from_pretrained(vlm_folder)
+        self.examples = ExampleMaker(self.config, self.vlm_processor)
+        self.chat, self.action_dim = self.examples.chat, self.examples.action_dim
+        self.server = Server(self.config, self.examples)
+        # LeRobot counts parameters and asks them for the device.
+        self.nothing = nn.Parameter(torch.zeros(0, device=self.config.device), requires_grad=False)
+        self.reset()
+
     def get_optim_params(self) -> list[nn.Parameter]:
+        self._check_has_weights()
         if self.config.load_in_4bit and not self.config.use_peft:
             raise ValueError(
                 "load_in_4bit=True: weights of 4 bits cannot be trained themselves. Train an adapter on them "
@@ -175,12 +202,19 @@ class VLA0Policy(PreTrainedPolicy):
         # All linear layers of the language model, as in QLoRA (arXiv 2305.14314, section 4); of the vision
         # encoder none.
         return {
-            "target_modules": r".*language_model\.layers\.\d+\."
+            "target_modules": rf".*{backbone.family(self.model).text}\.layers\.\d+\."
             r"(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
         }
 
     def _validate_peft_config(self, peft_config: Any) -> None:
         """LeRobot refuses adapters on a fresh policy; here it is a pretrained VLM."""
+
+    def _check_has_weights(self) -> None:
+        if self.server is not None:
+            raise ValueError(
+                f"server={self.config.server!r}: the weights are on the server, so that this policy can act "
+                "but not train or be saved. Leave server out."
+            )
 
     # ----------------------------------------------------------------------------------------------- training
 
@@ -216,6 +250,7 @@ class VLA0Policy(PreTrainedPolicy):
             between true and predicted integers, teacher-forced, over integers whose digits are all
             supervised; `action_clipped`, the share of action values outside the statistics.
         """
+        self._check_has_weights()
         if reduction not in ("mean", "none"):
             raise ValueError(f"reduction must be 'mean' or 'none', got {reduction!r}.")
         loss, metrics = self.example_loss(*self.training_inputs(batch), reduction)
@@ -313,6 +348,12 @@ class VLA0Policy(PreTrainedPolicy):
         self, batch: dict[str, Any], steps: int, environments: list["Environment"]
     ) -> Iterator[Tensor]:
         """The timesteps of chunks, (rows, D) each, one row per environment."""
+        if self.server is not None:
+            to_bins = self._bins_of_data_set(batch)
+            device = batch[self.config.camera_keys[0]].device
+            chunks = self.server.chunks(batch).to(device, torch.float32)
+            yield from (to_bins(chunks[:, step]) for step in range(steps))
+            return
         training = self.training
         if training:
             self.eval()
@@ -348,8 +389,10 @@ class VLA0Policy(PreTrainedPolicy):
             executed = min(steps, self.config.n_action_steps)
             drafter.remember(answer[: steps * self.action_dim], executed)
 
-    def prompt_cache(self, inputs: dict[str, Tensor]) -> PromptCache:
+    def prompt_cache(self, inputs: dict[str, Tensor]) -> decoding.Model:
         """The VLM behind prompts, for decoding. With compile_model one at a time: they share buffers."""
+        if not backbone.has_prompt_cache(self.model):
+            return RowByRow(self.model, inputs, self.grammar.token_ids)
         compiled = self.config.compile_model
         return PromptCache(
             self.model,
@@ -379,7 +422,8 @@ class VLA0Policy(PreTrainedPolicy):
         """Keys and values of what every prompt begins with, the words before the first picture; kept until
         the weights may change."""
         if self._prefix is None or self._prefix[0][0].device != inputs["input_ids"].device:
-            length = int(inputs["mm_token_type_ids"][0].argmax())
+            is_picture = inputs["input_ids"][0] == self.vlm_processor.image_token_id
+            length = int(is_picture.int().argmax())
             self._prefix = encode_prefix(self.model, inputs["input_ids"][:1, :length])
         return self._prefix
 
@@ -428,6 +472,7 @@ class VLA0Policy(PreTrainedPolicy):
     # -------------------------------------------------------------------------------------------- checkpoints
 
     def _save_pretrained(self, save_directory: Path, state_dict: dict[str, Tensor] | None = None) -> None:
+        self._check_has_weights()
         super()._save_pretrained(save_directory, state_dict=state_dict)
         backbone.save_vlm(self.model, self.vlm_processor, Path(save_directory) / VLM_FOLDER)
 
@@ -509,9 +554,19 @@ class VLA0Policy(PreTrainedPolicy):
         else:
             folder = Path(path)
             if not folder.is_dir():
-                folder = Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors"], **hub))
+                # Of a policy whose VLM is on a server only the processors' statistics.
+                tensors = "policy_*.safetensors" if config is not None and config.server else "*.safetensors"
+                folder = Path(snapshot_download(path, allow_patterns=["*.json", tensors], **hub))
             saved = PreTrainedConfig.from_pretrained(folder)
             config = saved if config is None else config
+            if config.server is not None:
+                if config.use_peft or (folder / ADAPTER_CONFIG).is_file():
+                    raise ValueError(
+                        f"server={config.server!r} with the adapter {path}: fold it into its base first "
+                        "(lerobot-vla0 merge), and export and serve the result."
+                    )
+                check_checkpoint(folder, saved, config, weights=False)
+                return cls(config, vlm_folder=folder / VLM_FOLDER, **kwargs).eval()
             if (folder / ADAPTER_CONFIG).is_file():
                 return cls._from_adapter(folder, config, **kwargs)
             check_checkpoint(folder, saved, config)

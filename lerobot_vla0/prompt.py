@@ -32,7 +32,8 @@ class ChatFormatter:
         add_vision_id: put "Picture 1: " before each picture, as the original checkpoints were trained.
 
     Raises:
-        ValueError: the tokenizer does not have every digit, the space and "?" as single tokens.
+        ValueError: the tokenizer does not have every digit, the space and "?" as single tokens, or the chat
+            template does not put the answer behind the generation prompt.
     """
 
     def __init__(
@@ -54,21 +55,33 @@ class ChatFormatter:
         )
         self.digit_ids, self.space_id, self.mask_id = number_tokens(self.tokenizer)
         self.pad_id = self.tokenizer.pad_token_id
-        self.image_token = self.processor.image_token
-        self.tokens_per_picture = self._count_image_tokens()
+        # Imported here: it brings transformers, which takes seconds, and `tiny-vlm --help` needs a prompt.
+        from . import backbone
+
+        # What the template writes for a picture, and what stands there for the model.
+        self.picture_mark, self.picture_text = backbone.picture_text(processor, *picture_size)
         self._prompts: dict[str, list[int]] = {}
-        # What the template writes after the assistant's words: "<|im_end|>\n" for Qwen.
-        answer = "0"
-        closed = self._render([*self._messages("x"), {"role": "assistant", "content": answer}], False)
-        opened = self._render(self._messages("x"), True)
-        self.tail_ids = self._tokenize(closed.removeprefix(opened + answer))
+        # What the template writes before and after the assistant's words: "" and "<|im_end|>\n" for Qwen,
+        # " " and "<end_of_utterance>\n" for SmolVLM2.
+        answer = {"role": "assistant", "content": [{"type": "text", "text": "0"}]}
+        opened = self._render(self.messages("x"), True)
+        closed = self._render([*self.messages("x"), answer], False)
+        self.lead, answered, tail = closed.removeprefix(opened).partition("0")
+        if not closed.startswith(opened) or not answered or self.lead.strip():
+            raise ValueError(
+                "vlm: its chat template does not put the assistant's words behind the generation prompt "
+                f"({closed[-80:]!r} against {opened[-40:]!r}); a model that is made to think first is not "
+                "supported."
+            )
+        self.tail_ids = self._tokenize(tail)
         self.end_id = self.tail_ids[0]
         # Integer v → its token ids, and the place value (100, 10, 1) of each of its digits.
         texts = [str(v) for v in range(num_bins + 1)]
         self._number_ids = [[self.digit_ids[int(c)] for c in t] for t in texts]
         self._number_places = [[10 ** (len(t) - 1 - i) for i in range(len(t))] for t in texts]
 
-    def _messages(self, instruction: str) -> list[dict[str, Any]]:
+    def messages(self, instruction: str) -> list[dict[str, Any]]:
+        """The chat up to the assistant's turn, as Transformers' chat templates take it."""
         pictures = [{"type": "image"}] * self.num_pictures
         return [
             {"role": "system", "content": [{"type": "text", "text": self.system_prompt}]},
@@ -76,11 +89,11 @@ class ChatFormatter:
         ]
 
     def _render(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
+        # Transformers warns of a variable that the template does not have (all but Qwen's).
+        template = str(self.processor.chat_template)
+        vision_id = {"add_vision_id": self.add_vision_id} if "add_vision_id" in template else {}
         return self.processor.apply_chat_template(
-            messages,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            add_vision_id=self.add_vision_id,
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt, **vision_id
         )
 
     def _tokenize(self, text: str) -> list[int]:
@@ -99,24 +112,16 @@ class ChatFormatter:
                 "task is an empty string: VLA-0 needs an instruction. Give every episode of the data set a "
                 "task, or pass batch['task']."
             )
-        special = [t for t in self.tokenizer.all_special_tokens if t in instruction]
+        marks = [self.picture_mark, self.processor.image_token]
+        special = [t for t in [*self.tokenizer.all_special_tokens, *marks] if t in instruction]
         if special:
             raise ValueError(f"task {instruction!r} contains the special token {special[0]!r}.")
-        text = self._render(self._messages(instruction), True)
-        ids = self._tokenize(text.replace(self.image_token, self.image_token * self.tokens_per_picture))
+        text = self._render(self.messages(instruction), True) + self.lead
+        ids = self._tokenize(text.replace(self.picture_mark, self.picture_text))
         if len(self._prompts) >= MAX_CACHED_PROMPTS:
             self._prompts.clear()
         self._prompts[instruction] = ids
         return ids
-
-    def _count_image_tokens(self) -> int:
-        """Image tokens that the VLM's processor puts in a picture's place. Asked once: with the state in the
-        instruction every prompt is new, and the processor would prepare pictures for each."""
-        height, width = self.picture_size
-        blank = [torch.zeros(3, height, width, dtype=torch.uint8)] * self.num_pictures
-        text = self._render(self._messages("x"), True)
-        ids = self.processor(text=[text], images=blank, images_kwargs={"do_resize": False})["input_ids"][0]
-        return list(ids).count(self.processor.image_token_id) // self.num_pictures
 
     def inference_batch(self, instructions: list[str]) -> dict[str, Tensor]:
         """Right-padded `input_ids` and `attention_mask`, (B, T) each."""

@@ -1,5 +1,6 @@
 """The VLM behind a batch of prompts, for decoding: Transformers' own modules on a key-value cache whose rows
-have lengths of their own. Knows tokens and positions; nothing of what is written."""
+have lengths of their own, or, for models that this cannot feed, on Transformers' own cache row by row. Knows
+tokens and positions; nothing of what is written."""
 
 from collections.abc import Callable
 from functools import cache
@@ -8,6 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
+
+from . import backbone
 
 # A compiled pass has one of these widths (tokens per row), so that a handful of graphs serve all drafts.
 WIDTHS = (1, 8, 16, 32, 64)
@@ -69,7 +73,9 @@ def encode_prefix(model: nn.Module, ids: Tensor) -> list[tuple[Tensor, Tensor]]:
     cache.begin(1, ids.shape[1], None)
     slots = torch.arange(ids.shape[1], device=ids.device)[None]
     embeddings = model.get_input_embeddings()(ids)
-    _attend(model.model.language_model, cache, embeddings, slots.expand(3, -1, -1), slots, ids.shape[1])
+    axes = 3 if hasattr(model.model, "get_rope_index") else 1
+    language_model = backbone.language_model(model)
+    _attend(language_model, cache, embeddings, slots.expand(axes, -1, -1), slots, ids.shape[1])
     return cache.layers
 
 
@@ -80,8 +86,10 @@ def _attend(
     positions: Tensor,
     slots: Tensor,
     used: int,
+    **extra: Any,
 ) -> Tensor:
-    """Feeds embeddings (R, k, hidden) at `slots` (R, k), all below `used`, → last hidden states."""
+    """Feeds embeddings (R, k, hidden) at `slots` (R, k), all below `used`, with positions (axes, R, k) → last
+    hidden states."""
     cache.slots, cache.used = slots, used
     # Every token sees the slots up to its own: what lies beyond a row's length is its own draft, or stale.
     seen = torch.arange(used, device=slots.device) <= slots[..., None]  # (R, k, used)
@@ -93,10 +101,11 @@ def _attend(
     try:
         return language_model(
             inputs_embeds=embeddings,
-            position_ids=positions,
-            attention_mask={"full_attention": mask},
+            position_ids=positions if len(positions) == 3 else positions[0],
+            attention_mask=mask,
             past_key_values=cache,
             use_cache=True,
+            **extra,
         ).last_hidden_state
     finally:
         language_model.config._attn_implementation = chosen
@@ -147,7 +156,7 @@ class PromptCache:
         buffers: RowCache | None = None,
         compiled: bool = False,
     ) -> None:
-        self.vlm, self.language_model = model.model, model.model.language_model
+        self.model, self.language_model = model, backbone.language_model(model)
         self.inputs, self.compiled = inputs, compiled
         self.head = model.lm_head.weight[token_ids]
         self.lengths = inputs["attention_mask"].sum(1)  # (R,) slots that hold for good
@@ -163,27 +172,17 @@ class PromptCache:
         rows, width = len(ids), max(int(n) + len(d) for n, d in zip(self.lengths, drafts, strict=True))
         tokens = ids.new_zeros(rows, max(width, ids.shape[1]))
         tokens[:, : ids.shape[1]] = ids
-        positions, delta = self.vlm.get_rope_index(
-            ids,
-            mm_token_type_ids=self.inputs["mm_token_type_ids"],
-            image_grid_thw=self.inputs["image_grid_thw"],
-            attention_mask=self.inputs["attention_mask"],
-        )
-        # Multimodal RoPE: an image spans fewer positions than tokens, so text goes on at slot + delta (<= 0).
-        self.delta = delta.view(rows, 1).to(device)
+        positions, self.delta = backbone.prompt_positions(self.model, self.inputs)
         slots = torch.arange(tokens.shape[1], device=device).expand(rows, -1)
-        text_positions = (slots + self.delta).expand(3, -1, -1).clone()
+        text_positions = (slots + self.delta).expand(len(positions), -1, -1).clone()
         text_positions[:, :, : ids.shape[1]] = torch.where(
             self.inputs["attention_mask"].bool(), positions, text_positions[:, :, : ids.shape[1]]
         )
+        self.axes = len(positions)
         for row, draft in enumerate(drafts):
             n = int(self.lengths[row])
             tokens[row, n : n + len(draft)] = torch.tensor(draft, dtype=tokens.dtype, device=device)
-        embeddings = self.language_model.embed_tokens(tokens)
-        pictures = self.vlm.get_image_features(self.inputs["pixel_values"], self.inputs["image_grid_thw"])
-        is_picture = torch.zeros_like(tokens, dtype=torch.bool)
-        is_picture[:, : ids.shape[1]] = self.inputs["mm_token_type_ids"].bool()
-        embeddings[is_picture] = torch.cat(pictures.pooler_output).to(embeddings.dtype)
+        embeddings, extra = backbone.embed_prompts(self.model, self.inputs, tokens)
         new = slice(self.skipped, None)
         # compile_model compiles for training, too; here lengths change from call to call, and each would be
         # compiled.
@@ -195,6 +194,9 @@ class PromptCache:
                 text_positions[..., new],
                 slots[:, new],
                 slots.shape[1],
+                **{
+                    key: value[:, new] if isinstance(value, Tensor) else value for key, value in extra.items()
+                },
             )
         if self.compiled:
             for buffer in sum(self.cache.layers, ()):
@@ -224,7 +226,7 @@ class PromptCache:
         ids = torch.tensor([tokens[r] + [0] * (width - len(tokens[r])) for r in self.rows], device=device)
         slots = self.lengths[self.rows, None] + torch.arange(width, device=device)
         # Time, height and width advance together in text.
-        positions = (slots + self.delta[self.rows]).expand(3, -1, -1)
+        positions = (slots + self.delta[self.rows]).expand(self.axes, -1, -1)
         feed = self.language_model, self.head, self.cache, ids, positions, slots
         if self.compiled:
             logits = _numpy(_compiled_step(device.type)(*feed, self.cache.size))
@@ -234,6 +236,62 @@ class PromptCache:
         scattered = np.zeros((len(tokens), *logits.shape[1:]), dtype=logits.dtype)
         scattered[self.rows] = logits
         return scattered
+
+
+class RowByRow:
+    """A batch of prompts as `decoding.Model`, for a VLM with masks of its own: its whole forward on
+    Transformers' cache, one row after the other. Same logits as `PromptCache`, in more time.
+
+    Args:
+        model: the VLM.
+        inputs: of *right-padded* prompts, with `attention_mask`, and pictures.
+        token_ids: of the grammar.
+    """
+
+    def __init__(self, model: nn.Module, inputs: dict[str, Tensor], token_ids: list[int]) -> None:
+        self.model, self.inputs = model, inputs
+        self.head = model.lm_head.weight[token_ids]
+        self.lengths = inputs["attention_mask"].sum(1).tolist()
+        # Without a config every layer keeps all of its keys, so that rejected drafts can be cut off.
+        self.caches = [DynamicCache() for _ in self.lengths]
+
+    def start(self, drafts: list[list[int]]) -> np.ndarray:
+        # Every row has the same number of pictures, so each tensor splits evenly.
+        rows = [
+            {key: value.chunk(len(drafts))[row] for key, value in self.inputs.items()}
+            for row in range(len(drafts))
+        ]
+        for inputs, length in zip(rows, self.lengths, strict=True):
+            for key in ("input_ids", "token_type_ids"):
+                inputs[key] = inputs[key][:, :length]
+        return self._feed(rows, drafts, keep=1)
+
+    def extend(self, kept: list[int], tokens: list[list[int]]) -> np.ndarray:
+        for row, keys in enumerate(self.caches):
+            self.lengths[row] += kept[row]
+            keys.crop(self.lengths[row])
+        empty = self.inputs["input_ids"][:1, :0]
+        rows = [{"input_ids": empty, "token_type_ids": empty} for _ in tokens]
+        return self._feed(rows, tokens, keep=0)
+
+    def _feed(self, rows: list[dict[str, Tensor]], tokens: list[list[int]], keep: int) -> np.ndarray:
+        """Feeds each row's inputs and the tokens behind them → logits after the tokens, and after the `keep`
+        last inputs."""
+        width = keep + max(map(len, tokens))
+        logits = np.zeros((len(tokens), width, len(self.head)), dtype=np.float32)
+        for row, (inputs, new) in enumerate(zip(rows, tokens, strict=True)):
+            if not keep + len(new):
+                continue
+            more = torch.tensor([new], dtype=torch.int64, device=self.head.device)
+            inputs["input_ids"] = torch.cat([inputs["input_ids"], more], 1)
+            inputs["token_type_ids"] = torch.cat([inputs["token_type_ids"], torch.zeros_like(more)], 1)
+            inputs["attention_mask"] = torch.ones(
+                1, self.caches[row].get_seq_length() + inputs["input_ids"].shape[1], device=more.device
+            )
+            hidden = self.model.model(**inputs, past_key_values=self.caches[row], use_cache=True)
+            last = hidden.last_hidden_state[0, -(keep + len(new)) :]
+            logits[row, : len(last)] = _numpy(nn.functional.linear(last, self.head))
+        return logits
 
 
 def _numpy(logits: Tensor) -> np.ndarray:

@@ -243,3 +243,39 @@ def tiny_dataset(tmp_path_factory) -> Path:
         dataset.save_episode()
     dataset.finalize()
     return root
+
+
+def learn(policy, batch: dict, limit: int = 2000) -> None:
+    """Trains on one batch, without augmentation, until the policy knows it by heart."""
+    config = policy.config
+    config.action_mask_prob = 0.0
+    config.jitter_brightness = config.jitter_contrast = config.jitter_saturation = config.jitter_hue = 0.0
+    policy.train()
+    optimizer = torch.optim.AdamW(policy.get_optim_params(), lr=3e-3)
+    for _ in range(limit):
+        loss, metrics = policy(batch)
+        if metrics["token_accuracy"] == 1.0 and loss.item() < 0.02:
+            break
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        optimizer.step()
+    assert metrics["token_accuracy"] == 1.0, f"not learnt: {metrics}"
+    policy.eval()
+
+
+@pytest.fixture(scope="session")
+def learnt(tmp_path_factory, tiny_vlm) -> tuple[Path, dict]:
+    """(checkpoint of a tiny policy that knows two examples by heart, the batch behind the preprocessor)."""
+    from lerobot_vla0.modeling_vla0 import VLA0Policy
+    from lerobot_vla0.processor_vla0 import make_vla0_pre_post_processors
+
+    torch.manual_seed(0)
+    policy = VLA0Policy(make_config(tiny_vlm, chunk_size=2, n_action_steps=2, crop_ratio=1.0))
+    processors = make_vla0_pre_post_processors(policy.config, make_stats(-2.0, 3.0))
+    batch = processors[0](make_batch(rows=2, size=56, chunk_size=2))
+    learn(policy, batch)
+    folder = tmp_path_factory.mktemp("learnt") / "checkpoint"
+    for part in (policy, *processors):
+        part.save_pretrained(folder)
+    return folder, batch

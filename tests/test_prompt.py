@@ -68,7 +68,7 @@ def test_prompt_is_the_processors_own(qwen_processor):
     chat = make_chat(qwen_processor, num_pictures=2, picture_size=(56, 84))
     images = [torch.zeros(3, 56, 84, dtype=torch.uint8)] * 2
     for instruction in ("open the drawer", "stop\nState: 0 1000 7"):
-        text = chat._render(chat._messages(instruction), True)
+        text = chat._render(chat.messages(instruction), True)
         own = qwen_processor(text=[text], images=images, images_kwargs={"do_resize": False})
         assert chat.prompt_ids(instruction) == list(own["input_ids"][0])
 
