@@ -171,51 +171,6 @@ def run_script(name: str, *arguments: str, env: dict[str, str], timeout: int = 6
 
 
 # One of libero_object, one of libero_goal.
-SUITE_TASKS = ["pick up the milk and place it in the basket", "open the middle drawer of the cabinet"]
-
-
-@pytest.fixture(scope="session")
-def tiny_dataset(tmp_path_factory) -> Path:
-    """Four episodes of six frames; tasks of libero_object and libero_goal in turn."""
-    import numpy as np
-    from lerobot.datasets.lerobot_dataset import LeRobotDataset
-
-    root = tmp_path_factory.mktemp("tiny") / "data"
-    cameras = ("observation.images.image", "observation.images.image2")
-    features = {
-        k: {"dtype": "image", "shape": (64, 64, 3), "names": ["height", "width", "channel"]} for k in cameras
-    }
-    features["observation.state"] = {"dtype": "float32", "shape": (8,), "names": None}
-    features["action"] = {"dtype": "float32", "shape": (7,), "names": None}
-    dataset = LeRobotDataset.create("local/tiny", fps=10, features=features, root=root, use_videos=False)
-    rng = np.random.default_rng(0)
-    for episode in range(4):
-        for _ in range(6):
-            frame = {key: rng.integers(0, 255, (64, 64, 3), dtype=np.uint8) for key in cameras}
-            frame["observation.state"] = rng.normal(size=8).astype(np.float32)
-            frame["action"] = rng.uniform(-0.9, 0.9, 7).astype(np.float32)
-            dataset.add_frame(frame | {"task": SUITE_TASKS[episode % 2]})
-        dataset.save_episode()
-    dataset.finalize()
-    return root
-
-
-@pytest.fixture(scope="session")
-def libero_dataset(tmp_path_factory, process_env) -> Path:
-    """Two recorded episodes of one libero_object task, on the stand-in assets."""
-    out = tmp_path_factory.mktemp("data") / "milk"
-    run_script(
-        "lerobot-vla0",
-        "record",
-        f"--out={out}",
-        "--tasks=[7]",
-        "--episodes=2",
-        "--assets=primitive",
-        env=process_env,
-    )
-    return out
-
-
 TINY_TASKS = ["pick up the milk and place it in the basket", "open the middle drawer of the cabinet"]
 
 
@@ -243,6 +198,22 @@ def tiny_dataset(tmp_path_factory) -> Path:
         dataset.save_episode()
     dataset.finalize()
     return root
+
+
+@pytest.fixture(scope="session")
+def libero_dataset(tmp_path_factory, process_env) -> Path:
+    """Two recorded episodes of one libero_object task, on the stand-in assets."""
+    out = tmp_path_factory.mktemp("data") / "milk"
+    run_script(
+        "lerobot-vla0",
+        "record",
+        f"--out={out}",
+        "--tasks=[7]",
+        "--episodes=2",
+        "--assets=primitive",
+        env=process_env,
+    )
+    return out
 
 
 def learn(policy, batch: dict, limit: int = 2000) -> None:
