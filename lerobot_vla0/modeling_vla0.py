@@ -44,11 +44,11 @@ from .prompt_cache import PromptCache, RowByRow, RowCache, encode_prefix
 from .server import Server
 from .task_stats import TASK_RANGE, add_task_statistics
 
-# Longest draft in symbols, and the chance below which a further one is not worth its cost, for one row. On
-# two CPU cores each further token of a pass took 3 % of what the first one takes (`bench decode`, 0.5 billion
-# parameters), and a right one saves about a fifth of a pass; a GPU takes as long as reading the weights does.
-# The cost grows with the rows of a batch, until every token costs the same.
-DRAFTS = {"cpu": (31, 0.15), "cuda": (63, 0.02)}
+# Longest draft in symbols, tokens of a pass over all rows, and the chance below which a further symbol is not
+# worth its cost, for one row. On two CPU cores each further token of a pass took 3 % of what the first one takes
+# (`bench decode`, 0.5 billion parameters), and a right one saves about a fifth of a pass. A GPU takes as long as
+# reading the weights does. With the rows of a batch the cost grows, until every token costs the same.
+DRAFTS = {"cpu": (31, 64, 0.15), "cuda": (63, 512, 0.02)}
 MOST_WORTH = 0.6
 
 
@@ -323,7 +323,8 @@ class VLA0Policy(PreTrainedPolicy):
         """A drafter for one of `rows` that are written together, as `config.draft_length` asks for."""
         length, worth = self.config.draft_length, 0.0
         if length is None:
-            length, worth = DRAFTS["cpu" if self.model.device.type == "cpu" else "cuda"]
+            length, tokens, worth = DRAFTS["cpu" if self.model.device.type == "cpu" else "cuda"]
+            length = min(length, max(1, tokens // rows))
         return Drafter(self.grammar, self.action_dim, length, min(MOST_WORTH, rows * worth), trust)
 
     def _environments_of(self, batch: dict[str, Any]) -> list["Environment"]:

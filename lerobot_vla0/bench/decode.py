@@ -63,7 +63,7 @@ class BenchDecodeConfig:
     modes: list[str] = field(default_factory=lambda: list(MODES))
     # Chunks written together.
     batch_size: int = 1
-    # Chunks of each workload (of `dataset`, a checkpoint's own, and uniform ones).
+    # Chunks of each workload; of the two published texts at least both, in turns.
     chunks: int = 2
     # How often every chunk is written by every mode.
     repeats: int = 3
@@ -231,7 +231,8 @@ def _workloads(config: BenchDecodeConfig, policy: VLA0Policy, preprocess: Callab
             ]
         else:
             texts = [[int(v) for v in text.split()] for text in RECORDED.values()]
-            result[name] = [Chunk(_scene(random), text) for text in texts]
+            count = max(len(texts), config.chunks)
+            result[name] = [Chunk(_scene(random), texts[i % len(texts)]) for i in range(count)]
     return result
 
 
