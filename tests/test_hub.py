@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import make_batch, make_config, observation, randomise, run_script
 from local_hub import TOKEN, LocalHub
+from test_import import save_model, write_config, write_stats
 
 from lerobot_vla0.cli import main
 from lerobot_vla0.modeling_vla0 import VLA0Policy
@@ -21,17 +22,20 @@ CHECKPOINT = {
     "train_config.json", "vlm/chat_template.json", "vlm/config.json", "vlm/tokenizer.json",
     "vlm/tokenizer_config.json",
 }  # fmt: skip
-# In a process of its own: the Hub's client reads its environment when it is imported. Several loads in one,
-# because most of its time is imports.
+# In a process of its own: the Hub's client reads its environment when it is imported. All that a process can
+# do is done in one, because most of its time is imports.
 LOAD = """
 import json, sys, torch
+from lerobot_vla0.cli import main
 from lerobot_vla0.modeling_vla0 import VLA0Policy
-from lerobot_vla0 import Agent
 from lerobot.policies.factory import make_pre_post_processors
 loads, batch = json.loads(sys.argv[1]), torch.load(sys.argv[2])
+if sys.argv[4:]:
+    main(sys.argv[4:])
 for name, repo, revision in loads:
     try:
-        policy = VLA0Policy.from_pretrained(repo, revision=revision)
+        token = False if name == "stranger" else None
+        policy = VLA0Policy.from_pretrained(repo, revision=revision, token=token)
         pre, post = make_pre_post_processors(policy.config, repo, pretrained_revision=revision)
         torch.save(post(policy.predict_action_chunk(pre(dict(batch)))), f"{sys.argv[3]}/{name}.pt")
     except Exception as error:
@@ -46,12 +50,14 @@ def shared_hub(tmp_path_factory):
     hub.close()
 
 
-def load(hub: LocalHub, home: Path, loads: list[tuple[str, str, str | None]], env: dict, **more: str):
-    """Loads by repo id; (what the process printed, name → actions)."""
+def load(
+    hub: LocalHub, home: Path, loads: list[tuple], env: dict, command: tuple[str, ...] = (), **more: str
+):
+    """Runs a command of the CLI and loads (name, repo id, revision); (what was printed, name → actions)."""
     home.mkdir(exist_ok=True)
     torch.save(observation(make_batch(rows=1)), home / "batch.pt")
     env = {**env, **hub.env(home / "hf"), **more}
-    arguments = [json.dumps(loads), str(home / "batch.pt"), str(home)]
+    arguments = [json.dumps(loads), str(home / "batch.pt"), str(home), *command]
     printed = run_script(Path(sys.executable).name, "-c", LOAD, *arguments, env=env).stdout
     return printed, {path.stem: torch.load(path) for path in home.glob("*.pt") if path.stem != "batch"}
 
@@ -82,18 +88,15 @@ def test_train_push_load(tiny_vlm, tiny_dataset, process_env, shared_hub, tmp_pa
     assert 'Agent.from_pretrained("me/policy")' in card and "1 steps, batch 2" in card
     assert "4 episodes, 24 frames" in card and str(tiny_vlm) not in card
 
-    loads = [("main", "me/policy", None)]
-    printed, _ = load(shared_hub, tmp_path / "stranger", loads, process_env)
-    assert (
-        "main: FileNotFoundError: 'me/policy' is neither a folder nor a Hub repo that can be read" in printed
-    )
+    loads = [("stranger", "me/policy", None), ("main", "me/policy", None)]
     printed, found = load(shared_hub, tmp_path / "owner", loads, process_env, HF_TOKEN=TOKEN)
     expected = chunk(tmp_path / "run/checkpoints/last/pretrained_model")
-    assert torch.equal(found["main"], expected), printed
+    assert torch.equal(found.pop("main"), expected) and not found, printed
+    assert "stranger: FileNotFoundError: 'me/policy' is neither a folder nor a Hub repo" in printed
 
     (tmp_path / "owner/main.pt").unlink()
     asked = len(shared_hub.requests)
-    printed, found = load(shared_hub, tmp_path / "owner", loads, process_env, HF_HUB_OFFLINE="1")
+    printed, found = load(shared_hub, tmp_path / "owner", loads[1:], process_env, HF_HUB_OFFLINE="1")
     assert torch.equal(found["main"], expected), printed
     assert len(shared_hub.requests) == asked
 
@@ -131,9 +134,9 @@ for name in ("one", "two", "adapter"):
 
 
 @pytest.mark.slow
-def test_revisions_and_an_adapter(tiny_vlm, process_env, shared_hub, tmp_path):
-    """Two versions of a policy under one id, and an adapter on the first of them, which has no vlm/ of its
-    own."""
+def test_revisions_an_adapter_and_import(tiny_vlm, process_env, shared_hub, tmp_path):
+    """Two versions of a policy under one id, an adapter on the first of them, which has no vlm/ of its own,
+    and a repo of the layout of ankgoyal/vla0-libero."""
     shared_hub.repos.pop("me/policy", None)
     config = make_config(tiny_vlm)
     for name, seed in (("one", 1), ("two", 2)):
@@ -160,7 +163,17 @@ def test_revisions_and_an_adapter(tiny_vlm, process_env, shared_hub, tmp_path):
         ("adapter", "me/adapter", None),
         ("nothing", "me/nothing", None),
     ]
-    printed, found = load(shared_hub, tmp_path / "user", loads, process_env)
+    theirs = shared_hub.root / "them/vla0-libero"
+    save_model(tiny_vlm, theirs / "model_last")
+    write_config(theirs)
+    write_stats(theirs, "dataset_stats.pkl")
+    (theirs / "model_last.pth").write_bytes(b"large, and not needed")
+    command = ("import", "--from=them/vla0-libero", f"--out={tmp_path}/imported")
+    printed, found = load(shared_hub, tmp_path / "user", loads, process_env, command)
+    main(["import", f"--from={theirs}", f"--out={tmp_path}/same"])
+    imported, same = (tmp_path / name / "model.safetensors" for name in ("imported", "same"))
+    assert imported.read_bytes() == same.read_bytes()
+    assert not any("model_last.pth" in path for path in shared_hub.requests)
     assert "none: FileNotFoundError: 'me/policy' is neither" in printed
     assert "nothing: FileNotFoundError: 'me/nothing' is neither" in printed
     assert torch.equal(found["tag"], chunk(tmp_path / "one")) and torch.equal(found["sha"], found["tag"])
@@ -184,23 +197,3 @@ def test_push_of_an_adapter_on_a_local_base_warns(tiny_vlm, caplog):
     assert (
         f"adapter's base is the folder {tiny_vlm}: what was pushed loads on this machine only" in caplog.text
     )
-
-
-@pytest.mark.slow
-def test_import_by_repo_id(tiny_vlm, process_env, shared_hub, tmp_path):
-    """The layout of ankgoyal/vla0-libero: the model in a folder of the repo, beside what is not needed."""
-    from test_import import save_model, write_config, write_stats
-
-    repo = shared_hub.root / "them/vla0-libero"
-    save_model(tiny_vlm, repo / "model_last")
-    write_config(repo)
-    write_stats(repo, "dataset_stats.pkl")
-    (repo / "model_last.pth").write_bytes(b"large")
-    env = {**process_env, **shared_hub.env(tmp_path / "hf")}
-    asked = len(shared_hub.requests)
-    run_script("lerobot-vla0", "import", "--from=them/vla0-libero", f"--out={tmp_path}/ours", env=env)
-    assert not any("model_last.pth" in path for path in shared_hub.requests[asked:])
-    main(["import", f"--from={repo}", f"--out={tmp_path}/same"])
-    assert (tmp_path / "ours/model.safetensors").read_bytes() == (
-        tmp_path / "same/model.safetensors"
-    ).read_bytes()
