@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lerobot_vla0.grammar import IntegerGrammar, Text
+from lerobot_vla0.grammar import IntegerGrammar, Text, integer_regex
 
 DIGITS, SPACE, END = list(range(15, 25)), 220, 151645  # Qwen's ids
 
@@ -119,3 +119,14 @@ def test_spelling_completes_what_is_written():
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         IntegerGrammar(*arguments)
+
+
+@pytest.mark.parametrize("maximum", [1, 2, 9, 10, 19, 20, 100, 101, 255, 407, 999, 1000, 1001, 2047])
+def test_regex_is_the_same_language(maximum):
+    number = re.compile(integer_regex(maximum))
+    assert [i for i in range(3000) if number.fullmatch(str(i))] == list(range(maximum + 1))
+    assert not any(number.fullmatch(text) for text in ("00", "01", "", "-1", " 1"))
+    text = re.compile(IntegerGrammar(3, maximum, list(range(10)), 10, 11).regex)
+    assert text.fullmatch(f"0 {maximum} 1")
+    for wrong in ("0 1", "0 1 1 1", f"0 1 {maximum + 1}", "0  1 1", "0 1 1 "):
+        assert not text.fullmatch(wrong)
