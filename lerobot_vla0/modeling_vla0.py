@@ -45,9 +45,9 @@ from .server import Server
 from .task_stats import TASK_RANGE, add_task_statistics
 
 # Longest draft in symbols, tokens of a pass over all rows, and the chance below which a further symbol is not
-# worth its cost, for one row. On two CPU cores each further token of a pass took 3 % of what the first one takes
-# (`bench decode`, 0.5 billion parameters), and a right one saves about a fifth of a pass. A GPU takes as long as
-# reading the weights does. With the rows of a batch the cost grows, until every token costs the same.
+# worth its cost, for one row. On two CPU cores each further token of a pass took 3 % of what the first one
+# takes (`bench decode`, 0.5 billion parameters), and a right one saves about a fifth of a pass. A GPU takes
+# as long as reading the weights does. With the rows the cost grows, until every token costs the same.
 DRAFTS = {"cpu": (31, 64, 0.15), "cuda": (63, 512, 0.02)}
 MOST_WORTH = 0.6
 
