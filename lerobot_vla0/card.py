@@ -46,7 +46,7 @@ agent = lerobot_vla0.Agent.from_pretrained("{path}")
 action = agent.act(observation, "{instruction}")  # ({dim},), in the robot's units
 ```
 
-`observation` holds {cameras} as float images (3, H, W) in [0, 1]. With LeRobot's scripts:
+`observation` holds {cameras} as uint8 images (H, W, 3). With LeRobot's scripts:
 `--policy.path={path}`.
 
 ## How it was made
