@@ -47,9 +47,9 @@ def merge(config: MergeConfig) -> Path:
     if config.policy is None:
         raise ValueError("which adapter? --policy.path=<checkpoint folder or Hub repo>")
     out, path = Path(config.out), str(config.policy.pretrained_path)
-    if not config.policy.use_peft:
-        raise ValueError(f"{path} is no adapter (it has no {ADAPTER_CONFIG}): there is nothing to merge.")
     with new_folder(out) as folder:
+        if not config.policy.use_peft:
+            raise ValueError(f"{path} is no adapter (it has no {ADAPTER_CONFIG}): there is nothing to merge.")
         policy = VLA0Policy.from_pretrained(
             path, config=config.policy, revision=config.policy.pretrained_revision
         )

@@ -15,7 +15,7 @@ from conftest import make_batch, observation, run_script
 from lerobot.datasets.factory import make_dataset
 from lerobot.policies.factory import make_policy, make_pre_post_processors
 from local_hub import TOKEN
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 from torch.utils.data import default_collate
 
 from lerobot_vla0 import sft as module
@@ -197,7 +197,8 @@ def test_push_has_lerobots_layout(arguments, hub, process_env, tmp_path):
     files = hub.files("me/policy")
     assert {"config.json", "model.safetensors", "vlm/tokenizer.json", "README.md", "train_config.json",
             "policy_preprocessor.json", "policy_postprocessor.json"} <= files.keys()  # fmt: skip
-    assert files["model.safetensors"] == (tmp_path / "run/final/model.safetensors").read_bytes()
+    pushed, final = load(files["model.safetensors"]), weights(tmp_path / "run/final")
+    assert pushed.keys() == final.keys() and all(torch.equal(pushed[k], final[k]) for k in final)
 
 
 # ------------------------------------------------------------------------------------------------- bad input
