@@ -3,7 +3,6 @@
 
 import json
 import logging
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from lerobot.configs import PreTrainedConfig, parser
 from safetensors import safe_open
 from torch import Tensor
 
-from .checkpoints import ADAPTER_CONFIG, VLM_FOLDER, WEIGHTS, check_checkpoint
+from .checkpoints import ADAPTER_CONFIG, VLM_FOLDER, WEIGHTS, check_checkpoint, new_folder
 from .configuration_vla0 import VLA0Config
 
 ACTION_SPEC = "action_spec.json"
@@ -56,29 +55,18 @@ def export(config: ExportConfig) -> Path:
     if config.policy is None:
         raise ValueError("which checkpoint? --policy.path=<checkpoint folder or Hub repo>")
     out, path = Path(config.out), str(config.policy.pretrained_path)
-    if out.is_dir() and any(out.iterdir()):
-        raise FileExistsError(
-            f"out={str(out)!r} exists and is not empty. Choose another folder or remove it."
-        )
-    folder = Path(path)
-    if not folder.is_dir():
-        revision = config.policy.pretrained_revision
-        folder = Path(snapshot_download(path, revision=revision, allow_patterns=["*.json", "*.safetensors"]))
-    if (folder / ADAPTER_CONFIG).is_file():
-        raise ValueError(
-            f"{path} is an adapter: fold it into its base first (lerobot-vla0 merge --policy.path={path})."
-        )
-    check_checkpoint(folder, config.policy, config.policy)
-    part = out.with_name(out.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
+    with new_folder(out) as part:
+        folder = Path(path)
+        if not folder.is_dir():
+            revision, patterns = config.policy.pretrained_revision, ["*.json", "*.safetensors"]
+            folder = Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
+        if (folder / ADAPTER_CONFIG).is_file():
+            raise ValueError(
+                f"{path} is an adapter: fold it into its base first "
+                f"(lerobot-vla0 merge --policy.path={path})."
+            )
+        check_checkpoint(folder, config.policy, config.policy)
         _write(folder, config.policy, part)
-        if out.is_dir():
-            out.rmdir()
-        part.rename(out)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     print(f"Wrote {out}")
     return out
 
