@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from lerobot.configs import NormalizationMode, PreTrainedConfig, parser
 from safetensors.torch import load_file
 
+from .cli import policy_option
 from .configuration_vla0 import VLA0Config
 from .libero.report import read_episodes, table_row
 
@@ -76,15 +77,12 @@ class CardConfig:
 
     def __post_init__(self) -> None:
         path = parser.get_path_arg("policy")
-        if path:
-            if not Path(path).is_dir():
-                raise ValueError(
-                    f"--policy.path={path!r} is no folder. Download the checkpoint first: hf download {path} "
-                    "--local-dir=<folder>"
-                )
-            overrides = parser.get_cli_overrides("policy") or []
-            self.policy = PreTrainedConfig.from_pretrained(path, cli_overrides=overrides)
-            self.policy.pretrained_path = Path(path)
+        if path and not Path(path).is_dir():
+            raise ValueError(
+                f"--policy.path={path!r} is no folder. Download the checkpoint first: hf download {path} "
+                "--local-dir=<folder>"
+            )
+        self.policy = policy_option() or self.policy
 
     @classmethod
     def __get_path_fields__(cls) -> list[str]:

@@ -4,9 +4,14 @@ import logging
 import sys
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import draccus
 from draccus.utils import DraccusException, ParsingError
+
+if TYPE_CHECKING:
+    from lerobot.configs import PreTrainedConfig
 
 
 @dataclass
@@ -31,7 +36,10 @@ COMMANDS = {
     ),
     "merge": Command("merge", "MergeConfig", "merge", "fold a LoRA adapter into a full checkpoint"),
     "import": Command(
-        "import_checkpoint", None, "main", "import a checkpoint of NVlabs/vla0, vla0-trl or TinyVLA"
+        "import_checkpoint",
+        None,
+        "main",
+        "import a checkpoint of NVlabs/vla0, vla0-trl or TinyVLA, or an export",
     ),
     "card": Command("card", "CardConfig", "write_card", "write the model card of a checkpoint"),
     "export": Command(
@@ -90,3 +98,17 @@ def parse_options(config_class: type, prog: str, args: list[str]) -> object:
         if isinstance(error.__cause__, ValueError) and not isinstance(error.__cause__, DraccusException):
             raise error.__cause__ from error
         raise
+
+
+def policy_option() -> "PreTrainedConfig | None":
+    """What `--policy.path=` names, a checkpoint folder or a Hub repo: its config, with `--policy.<field>=` of
+    the command line on top; None without it. For `__post_init__` of a config that has `policy` among its
+    `__get_path_fields__`."""
+    from lerobot.configs import PreTrainedConfig, parser
+
+    path = parser.get_path_arg("policy")
+    if not path:
+        return None
+    config = PreTrainedConfig.from_pretrained(path, cli_overrides=parser.get_cli_overrides("policy") or [])
+    config.pretrained_path = Path(path)
+    return config

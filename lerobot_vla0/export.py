@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
-from lerobot.configs import PreTrainedConfig, parser
+from lerobot.configs import PreTrainedConfig
 from safetensors import safe_open
 from torch import Tensor
 
 from .checkpoints import ADAPTER_CONFIG, VLM_FOLDER, WEIGHTS, check_checkpoint, new_folder
+from .cli import policy_option
 from .configuration_vla0 import VLA0Config
 
 ACTION_SPEC = "action_spec.json"
@@ -31,11 +32,7 @@ class ExportConfig:
     policy: PreTrainedConfig | None = None
 
     def __post_init__(self) -> None:
-        path = parser.get_path_arg("policy")
-        if path:
-            overrides = parser.get_cli_overrides("policy") or []
-            self.policy = PreTrainedConfig.from_pretrained(path, cli_overrides=overrides)
-            self.policy.pretrained_path = Path(path)
+        self.policy = policy_option() or self.policy
 
     @classmethod
     def __get_path_fields__(cls) -> list[str]:

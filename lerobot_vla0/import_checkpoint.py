@@ -2,40 +2,39 @@
 
     NVlabs/vla0 (ankgoyal/vla0-libero)   model_last/  config.yaml  dataset_stats.pkl
     vla0-trl, TinyVLA                    final/ or checkpoint-N/  dataset_stats.json in it or beside it
+    lerobot-vla0 export                  action_spec.json
 
-The first says in config.yaml how it was trained. The others say nothing: what their code has as defaults is
-taken, and can be corrected by options. A layout that is neither is refused.
+The first says in config.yaml how it was trained, the last holds all of a checkpoint of ours. vla0-trl and
+TinyVLA say nothing: what their code has as defaults is taken, and can be corrected by options. Any other
+layout is refused.
 """
 
 import argparse
 import ast
 import json
-import pickle
 import re
-import struct
-from dataclasses import dataclass, replace
-from pathlib import Path
+import shutil
+from dataclasses import dataclass, fields, replace
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from lerobot.configs import FeatureType, PolicyFeature, PreTrainedConfig
 from lerobot.utils.constants import ACTION
-from safetensors import SafetensorError, safe_open
-from tqdm import tqdm
+from safetensors.torch import save_file
 
 from .checkpoints import ADAPTER_CONFIG, VLM_FOLDER, WEIGHTS, check_checkpoint, new_folder
 from .configuration_vla0 import VLA0Config
+from .export import ACTION_SPEC, SPEC_VERSION
+from .import_stats import read_stats
+from .weights import common_dtype, find_weights, policy_names, write_weights
 
-STATS = "out_ori_act"  # the one entry of all three formats' statistics that is used: {"min": ..., "max": ...}
 # RoboVerse's names of LIBERO's cameras in the original's config, and the keys of `lerobot/libero`.
 LIBERO_CAMERAS = {"3p1": "observation.images.image", "3p2": "observation.images.image2"}
 CAMERA_SIDE = 256  # pixels that LIBERO's cameras are rendered with in all three codes
-# safetensors' names, as in its README, of the types that weights come in.
-DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 FILES = ["*.json", "*.safetensors", "*.yaml", "dataset_stats.pkl", "*.jinja", "*merges.txt"]
 
 
@@ -57,7 +56,8 @@ def main(argv: list[str]) -> None:
     """Parses the command line and imports. argparse, because `from` cannot be the name of a field."""
     parser = argparse.ArgumentParser(
         prog="lerobot-vla0 import",
-        description="Import a checkpoint of NVlabs/vla0, vla0-trl or TinyVLA.",
+        description="Import a checkpoint of NVlabs/vla0, vla0-trl or TinyVLA, or a folder that "
+        "`lerobot-vla0 export` wrote.",
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -89,7 +89,7 @@ def import_checkpoint(options: ImportConfig) -> Path:
     Raises:
         FileExistsError: `out` exists and is not empty.
         FileNotFoundError: nothing is there, or weights, statistics or config.yaml are missing.
-        ValueError: a layout that is none of the three, a setting that this package does not have, or weights
+        ValueError: a layout that is none of the four, a setting that this package does not have, or weights
             that do not fit the model's config.
     """
     # Imported here: transformers takes seconds, and `--help` must not.
@@ -101,6 +101,10 @@ def import_checkpoint(options: ImportConfig) -> Path:
         raise ValueError(f"--cameras={cameras!r} is not allowed: it must be a list, '[first, second]'.")
     with new_folder(options.out) as out:
         folder = _find(options.source, options.revision)
+        if (folder / ACTION_SPEC).is_file():
+            _exported(folder, options, out)
+            print(f"Imported an exported checkpoint.\nWrote {options.out}")
+            return Path(options.out)
         model_folder = _model_folder(folder)
         near = [model_folder, model_folder.parent]
         stats_file = _stats_file(options.stats, near)
@@ -123,14 +127,14 @@ def import_checkpoint(options: ImportConfig) -> Path:
                 f"{stats_file} has statistics of {len(stats['min'])} action dimensions, but the model was "
                 f"trained with {dim}. Give the right ones with --stats."
             )
-        weights = _weights(model_folder)
-        names = _names(weights, model)
-        config = replace(config, dtype=_dtype(weights, names))
+        weights = find_weights(model_folder)
+        names = policy_names(weights, model)
+        config = replace(config, dtype=common_dtype(weights, names))
         config.save_pretrained(out)
         save_vlm(model, processor, out / VLM_FOLDER)
         for step in make_vla0_pre_post_processors(config, {ACTION: stats}):
             step.save_pretrained(out)
-        _write(weights, names, out / WEIGHTS)
+        write_weights(weights, names, out / WEIGHTS)
         check_checkpoint(out, PreTrainedConfig.from_pretrained(out), config)
     low, high = ([round(value, 4) for value in stats[name].tolist()] for name in ("min", "max"))
     print(
@@ -197,60 +201,50 @@ def _stats_file(given: Path | None, near: list[Path]) -> Path:
     return found[0]
 
 
-# ------------------------------------------------------------------------------------------------- statistics
-
-NUMPY = {
-    (f"numpy.{core}.multiarray", name) for core in ("core", "_core") for name in ("_reconstruct", "scalar")
-}
-NUMPY |= {(f"numpy.{core}.numeric", "_frombuffer") for core in ("core", "_core")}  # pickle protocol 5
-ALLOWED = NUMPY | {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")}
+# --------------------------------------------------------------------------------------------------- exported
 
 
-class StatsUnpickler(pickle.Unpickler):
-    """Reads dicts, lists, numbers and NumPy arrays. A pickle can name any function of any module and have it
-    called; here it gets none but those that make an array."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in ALLOWED:
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-
-
-def read_stats(file: Path) -> dict[str, torch.Tensor]:
-    """`min` and `max` of the actions, float32 (D,) each, from a dataset_stats.pkl or .json.
-
-    Raises:
-        ValueError: not the layout of either, not finite, or a pickle that holds more than numbers.
-    """
+def _exported(folder: Path, options: ImportConfig, out: Path) -> None:
+    """Undoes `lerobot-vla0 export`: action_spec.json holds the files that Transformers' folder does not."""
+    for option in fields(options):
+        if option.name not in ("source", "out", "revision") and getattr(options, option.name) is not None:
+            raise ValueError(
+                f"--{option.name} does not apply here: {folder / ACTION_SPEC} records how the model was "
+                "trained. Leave it out."
+            )
     try:
-        if file.suffix == ".json":
-            stats = json.loads(file.read_text())
-        else:
-            with open(file, "rb") as stream:
-                stats = StatsUnpickler(stream).load()
-    except (pickle.UnpicklingError, EOFError, AttributeError, IndexError, KeyError, TypeError) as error:
+        spec = json.loads((folder / ACTION_SPEC).read_text())
+        version, files, state = spec["spec_version"], spec["checkpoint"]["files"], spec["checkpoint"]["state"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{file} is no pickle of plain numbers and NumPy arrays ({error}), so it was not read further."
+            f"{folder / ACTION_SPEC} was not written by `lerobot-vla0 export` "
+            f"({type(error).__name__}: {error})."
         ) from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is no JSON ({error}).") from error
-    actions = stats.get(STATS) if isinstance(stats, dict) else None
-    if not isinstance(actions, dict) or not {"min", "max"} <= actions.keys():
-        shown = sorted(map(str, actions if isinstance(actions, dict) else stats))[:10] if stats else stats
+    if version > SPEC_VERSION:
         raise ValueError(
-            f"{file}: expected {{{STATS!r}: {{'min': [...], 'max': [...]}}}}, found "
-            f"{shown if isinstance(stats, dict) else type(stats).__name__}."
+            f"{folder / ACTION_SPEC} has spec_version {version}, this package reads up to {SPEC_VERSION}: "
+            "pip install -U lerobot_policy_vla0."
         )
-    try:
-        low, high = (np.asarray(actions[name], dtype=np.float32) for name in ("min", "max"))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{file}: min and max of {STATS!r} are no lists of numbers ({error}).") from error
-    if low.ndim != 1 or low.shape != high.shape or not np.isfinite([low, high]).all() or (low > high).any():
-        raise ValueError(
-            f"{file}: min and max of {STATS!r} must be two lists of finite numbers, as long as the action "
-            f"and min not above max; got {low.tolist()} and {high.tolist()}."
-        )
-    return {"min": torch.from_numpy(low), "max": torch.from_numpy(high)}
+    (out / VLM_FOLDER).mkdir()
+    for name, content in files.items():
+        place = PurePosixPath(name)
+        if str(place.parent) not in (".", VLM_FOLDER) or place.suffix != ".json":
+            raise ValueError(f"{folder / ACTION_SPEC} names {name!r}, which is no file of a checkpoint.")
+        (out / place).write_text(json.dumps(content, indent=2))
+    for name, tensors in state.items():
+        if PurePosixPath(name).name != name:
+            raise ValueError(f"{folder / ACTION_SPEC} names {name!r}, which is no file of a checkpoint.")
+        values = {
+            key: torch.tensor(saved["values"], dtype=getattr(torch, saved["dtype"]))
+            for key, saved in tensors.items()
+        }
+        save_file(values, out / name)
+    shutil.copyfile(folder / "tokenizer.json", out / VLM_FOLDER / "tokenizer.json")
+    weights = find_weights(folder)
+    model, _ = _empty_model(folder)
+    write_weights(weights, policy_names(weights, model), out / WEIGHTS)
+    saved = PreTrainedConfig.from_pretrained(out)
+    check_checkpoint(out, saved, saved)
 
 
 # --------------------------------------------------------------------------------------------------- settings
@@ -341,9 +335,6 @@ def _config(cameras: list[str], dim: int, **settings: Any) -> VLA0Config:
     )
 
 
-# ---------------------------------------------------------------------------------------------------- weights
-
-
 def _empty_model(folder: Path) -> tuple[torch.nn.Module, Any]:
     """(the model without storage, for names and shapes; its processor)."""
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
@@ -358,103 +349,3 @@ def _empty_model(folder: Path) -> tuple[torch.nn.Module, Any]:
             f"{folder} has no processor that Transformers can read ({str(error).splitlines()[0]}). Copy "
             "tokenizer and preprocessor_config.json of the model that was trained on into it."
         ) from error
-
-
-def _weights(folder: Path) -> dict[str, tuple[Path, list[int], str]]:
-    """Name → (file, shape, safetensors' type) of every tensor, shards included.
-
-    Raises:
-        FileNotFoundError: no safetensors, or a shard is missing.
-        ValueError: a file is truncated.
-    """
-    index = folder / "model.safetensors.index.json"
-    files = [folder / "model.safetensors"]
-    if index.is_file():
-        files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    found = {}
-    for file in files:
-        if not file.is_file():
-            raise FileNotFoundError(
-                f"{file} is missing. Weights are read from safetensors, all shards of them; older files "
-                "(.pth, .bin) are converted by loading and saving the model with Transformers."
-            )
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                    if name in found:
-                        raise ValueError(
-                            f"{name} is in {found[name][0]} and in {file}: copy the model again."
-                        )
-                    part = tensors.get_slice(name)
-                    found[name] = file, part.get_shape(), part.get_dtype()
-        except SafetensorError as error:
-            raise ValueError(f"{file} is truncated or no safetensors: copy it again ({error}).") from error
-    return found
-
-
-def _names(weights: dict[str, tuple[Path, list[int], str]], model: torch.nn.Module) -> dict[str, str]:
-    """Name in the files → name in the policy, of every tensor that is written.
-
-    Raises:
-        ValueError: tensors are missing, unknown or of another shape than the model's config says.
-    """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-
-    expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    if tied:
-        del expected["lm_head.weight"]
-    # Transformers writes Qwen2.5-VL's weights under the names they had before 4.52.
-    renamings = get_model_conversion_mapping(model, add_legacy=False)
-    names, wrong = {}, []
-    for name, (_, shape, dtype) in weights.items():
-        if tied and name == "lm_head.weight":
-            continue  # a second copy of the embeddings
-        target = name
-        for renaming in renamings:
-            target, _ = renaming.rename_source_key(target)
-        if target not in expected:
-            target = f"model.{target}"  # "visual...", from before 4.52
-        if target not in expected:
-            wrong.append(f"{name} is unknown")
-        elif shape != expected[target]:
-            wrong.append(f"{name} has shape {shape} instead of {expected[target]}")
-        elif dtype not in DTYPES:
-            wrong.append(f"{name} is of type {dtype}, not {', '.join(DTYPES)}")
-        names[name] = f"model.{target}"
-    missing = sorted({f"model.{name}" for name in expected} - set(names.values()))
-    wrong += [f"{name.removeprefix('model.')} is missing" for name in missing]
-    if wrong:
-        more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise ValueError(f"the weights do not fit the model's config.json: {'; '.join(wrong[:3])}{more}.")
-    return names
-
-
-def _dtype(weights: dict[str, tuple[Path, list[int], str]], names: dict[str, str]) -> str:
-    found = {weights[name][2] for name in names}
-    return DTYPES[found.pop()] if len(found) == 1 else "float32"
-
-
-def _write(weights: dict[str, tuple[Path, list[int], str]], names: dict[str, str], out: Path) -> None:
-    """Copies tensors under new names into one file, one at a time: safetensors' own writer takes all at
-    once.
-
-    The format (github.com/huggingface/safetensors#format): the header's length as 8 bytes, the header as
-    JSON, then the tensors' bytes in its order.
-    """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, target in names.items():
-        _, shape, dtype = weights[name]
-        start, end = end, end + int(np.prod(shape)) * getattr(torch, DTYPES[dtype]).itemsize
-        header[target] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with open(out, "wb") as stream, tqdm(total=end, unit="B", unit_scale=True, desc=out.name) as bar:
-        stream.write(struct.pack("<Q", len(text)) + text)
-        for file in dict.fromkeys(weights[name][0] for name in names):
-            with safe_open(file, framework="pt") as tensors:
-                for name in (n for n in names if weights[n][0] == file):
-                    content = tensors.get_tensor(name).reshape(-1).view(torch.uint8).numpy()
-                    stream.write(content)
-                    bar.update(len(content))

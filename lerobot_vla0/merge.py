@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from lerobot.configs import PreTrainedConfig, parser
+from lerobot.configs import PreTrainedConfig
 
 from .checkpoints import ADAPTER_CONFIG, new_folder
+from .cli import policy_option
 
 
 @dataclass
@@ -18,11 +19,7 @@ class MergeConfig:
     policy: PreTrainedConfig | None = None
 
     def __post_init__(self) -> None:
-        path = parser.get_path_arg("policy")
-        if path:
-            overrides = parser.get_cli_overrides("policy") or []
-            self.policy = PreTrainedConfig.from_pretrained(path, cli_overrides=overrides)
-            self.policy.pretrained_path = Path(path)
+        self.policy = policy_option() or self.policy
 
     @classmethod
     def __get_path_fields__(cls) -> list[str]:

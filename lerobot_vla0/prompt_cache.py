@@ -4,12 +4,12 @@ tokens and positions; nothing of what is written."""
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import AttentionInterface, DynamicCache
 
 from . import backbone
 
@@ -17,6 +17,9 @@ from . import backbone
 WIDTHS = (1, 8, 16, 32, 64)
 # Compiled passes see the whole cache; its size is a multiple of this, so that prompts share graphs.
 BLOCK = 128
+# What Transformers calls the attention of passes. It takes any mask; flash attention takes none that differs
+# from row to row.
+ATTENTION = "vla0_rows"
 
 
 class RowCache:
@@ -27,7 +30,8 @@ class RowCache:
     def __init__(self) -> None:
         self.layers: list[tuple[Tensor, Tensor]] = []
         self.rows = self.size = 0
-        self.slots: Tensor  # (R, k) where the next tokens go
+        self.owners: Tensor  # of the next tokens, as `slots`: whose they are
+        self.slots: Tensor  # (R, k), or (1, T) of rows with different numbers of tokens: where they go
         self.used = 0  # slots that attention has to look at
         self.user: object = None
 
@@ -46,16 +50,14 @@ class RowCache:
                 buffer[:, :, : start.shape[2]] = start
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple:
-        """(R, heads, k, size) of the new tokens → of all slots in use."""
-        rows, heads, _, size = keys.shape
+        """(R, heads, k, size) or (1, heads, T, size) of the new tokens → (R, heads, used, size) of all."""
         if layer == len(self.layers):
-            shape = rows, heads, self.size, size
+            shape = self.rows, keys.shape[1], self.size, keys.shape[3]
             pair = keys.new_zeros(shape), keys.new_zeros(shape)
             self._fill(pair, layer)
             self.layers.append(pair)
-        batch = torch.arange(rows, device=keys.device)[:, None]
         for buffer, new in zip(self.layers[layer], (keys, values), strict=True):
-            buffer[batch, :, self.slots] = new.transpose(1, 2)
+            buffer[self.owners, :, self.slots] = new.transpose(1, 2)
         return tuple(buffer[:, :, : self.used] for buffer in self.layers[layer])
 
     def take(self, rows: list[int]) -> None:
@@ -79,6 +81,43 @@ def encode_prefix(model: nn.Module, ids: Tensor) -> list[tuple[Tensor, Tensor]]:
     return cache.layers
 
 
+class Packed(NamedTuple):
+    """T tokens of R rows, as many of each as it has: linear layers, most of the work, see no padding."""
+
+    owners: Tensor  # (T,) in 0..R-1
+    columns: Tensor  # (T,) which of the row's
+    grid: Tensor  # (R, k) the token of each row and column; any where there is none
+
+
+def _attention(
+    module: nn.Module,
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    scaling: float,
+    packed: Packed | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """For Transformers' modules: queries (R, heads, k, size) or packed (1, heads, T, size), keys and values
+    (R, groups, used, size), mask (R, 1, heads of a group × k, used) → (R, k, heads, size) or (1, T, heads,
+    size).
+
+    Heads of a group count as further queries of one head. Transformers repeats the keys for each head; with
+    the few queries of a pass, fetching them is what takes the time (on a CPU, 16 rows of one token: 9 times).
+    """
+    if packed is not None:
+        queries = queries[0][:, packed.grid].transpose(0, 1)
+    rows, heads, k, size = queries.shape
+    queries = queries.reshape(rows, keys.shape[1], -1, size)
+    out = nn.functional.scaled_dot_product_attention(queries, keys, values, mask, scale=scaling)
+    out = out.reshape(rows, heads, k, size)
+    return (out.transpose(1, 2) if packed is None else out[packed.owners, :, packed.columns][None]), None
+
+
+AttentionInterface.register(ATTENTION, _attention)
+
+
 def _attend(
     language_model: nn.Module,
     cache: RowCache,
@@ -86,29 +125,34 @@ def _attend(
     positions: Tensor,
     slots: Tensor,
     used: int,
+    packed: Packed | None = None,
     **extra: Any,
 ) -> Tensor:
     """Feeds embeddings (R, k, hidden) at `slots` (R, k), all below `used`, with positions (axes, R, k) → last
-    hidden states."""
+    hidden states. Packed, (1, T) stands for (R, k)."""
     cache.slots, cache.used = slots, used
+    cache.owners = torch.arange(len(slots), device=slots.device)[:, None]
+    if packed is not None:
+        cache.owners, slots = packed.owners[None], slots[0][packed.grid]
     # Every token sees the slots up to its own: what lies beyond a row's length is its own draft, or stale.
     seen = torch.arange(used, device=slots.device) <= slots[..., None]  # (R, k, used)
     mask = torch.zeros(seen.shape, dtype=embeddings.dtype, device=seen.device)
     mask = mask.masked_fill(~seen, torch.finfo(mask.dtype).min)[:, None]
-    # Flash attention takes no mask that differs from row to row; the loss in speed is small at these lengths.
-    chosen = language_model.config._attn_implementation
-    language_model.config._attn_implementation = "eager" if chosen == "eager" else "sdpa"
+    config = language_model.config
+    mask = mask.expand(-1, config.num_attention_heads // config.num_key_value_heads, -1, -1)
+    chosen, config._attn_implementation = config._attn_implementation, ATTENTION
     try:
         return language_model(
             inputs_embeds=embeddings,
             position_ids=positions if len(positions) == 3 else positions[0],
-            attention_mask=mask,
+            attention_mask=mask.flatten(1, 2)[:, None],
             past_key_values=cache,
             use_cache=True,
+            packed=packed,
             **extra,
         ).last_hidden_state
     finally:
-        language_model.config._attn_implementation = chosen
+        config._attn_implementation = chosen
 
 
 def _step(
@@ -118,11 +162,13 @@ def _step(
     ids: Tensor,
     positions: Tensor,
     slots: Tensor,
+    packed: Packed,
     used: int,
 ) -> Tensor:
-    """Feeds tokens (R, k) → logits (R, k, 12)."""
+    """Feeds packed tokens (1, T) → logits (T, 12)."""
     embeddings = language_model.embed_tokens(ids)
-    return nn.functional.linear(_attend(language_model, cache, embeddings, positions, slots, used), head)
+    hidden = _attend(language_model, cache, embeddings, positions, slots, used, packed)
+    return nn.functional.linear(hidden[0], head)
 
 
 @cache
@@ -220,22 +266,30 @@ class PromptCache:
         if len(unfinished) <= 0.75 * len(self.rows) and not self.compiled:
             self.cache.take([self.rows.index(row) for row in unfinished])
             self.rows = unfinished
-        width = max(map(len, tokens))
+        fed = [tokens[row] for row in self.rows]
+        width = max(map(len, fed))
         if self.compiled:
             width = next(w for w in WIDTHS if w >= width)
-        ids = torch.tensor([tokens[r] + [0] * (width - len(tokens[r])) for r in self.rows], device=device)
-        slots = self.lengths[self.rows, None] + torch.arange(width, device=device)
+            fed = [row + [0] * (width - len(row)) for row in fed]
+        counts = torch.tensor([len(row) for row in fed])
+        filled = torch.arange(width) < counts[:, None]
+        owners, columns = (index.to(device) for index in filled.nonzero(as_tuple=True))
+        grid = (filled.flatten().cumsum(0) - 1).clamp(min=0).view_as(filled).to(device)
+        ids = torch.tensor([[token for row in fed for token in row]], device=device)
+        rows = torch.tensor(self.rows, device=device)[owners]
+        slots = (self.lengths[rows] + columns)[None]
         # Time, height and width advance together in text.
-        positions = (slots + self.delta[self.rows]).expand(self.axes, -1, -1)
-        feed = self.language_model, self.head, self.cache, ids, positions, slots
+        positions = (slots + self.delta[rows, 0]).expand(self.axes, -1, -1)
+        packed = Packed(owners, columns, grid)
+        feed = self.language_model, self.head, self.cache, ids, positions, slots, packed
         if self.compiled:
             logits = _numpy(_compiled_step(device.type)(*feed, self.cache.size))
         else:
             with torch.compiler.set_stance("force_eager"):
                 logits = _numpy(_step(*feed, int(slots.max()) + 1))
-        scattered = np.zeros((len(tokens), *logits.shape[1:]), dtype=logits.dtype)
-        scattered[self.rows] = logits
-        return scattered
+        result = np.zeros((len(tokens), width, logits.shape[-1]), dtype=logits.dtype)
+        result[rows.cpu().numpy(), columns.cpu().numpy()] = logits
+        return result
 
 
 class RowByRow:

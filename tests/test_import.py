@@ -11,16 +11,20 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import shared
+from conftest import make_config, make_stats, observation, randomise, shared
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tiny_families import FAMILIES, make_tiny
 from transformers import AutoModelForImageTextToText, AutoProcessor, LogitsProcessor
 from transformers.image_processing_utils import BatchFeature
 
+from lerobot_vla0 import export as export_module
 from lerobot_vla0 import import_checkpoint as module
 from lerobot_vla0.cli import main
 from lerobot_vla0.modeling_vla0 import VLA0Policy
-from lerobot_vla0.tiny_vlm import make_config
+from lerobot_vla0.processor_vla0 import make_vla0_pre_post_processors
+from lerobot_vla0.task_stats import PREFIX
+from lerobot_vla0.tiny_vlm import make_config as make_vlm_config
 
 INSTRUCTION = "put the white mug on the left plate"
 LOW = [-0.9375, -0.9375, -0.9375, -0.2582143, -0.375, -0.3675, -1.0]
@@ -232,7 +236,7 @@ def test_golden_tokens(qwen_processor, golden, tmp_path):
         "num_heads": 1,
         "fullatt_block_indexes": [0],
     }
-    model = Qwen2_5_VLForConditionalGeneration(make_config(qwen_processor, text, vision)).bfloat16()
+    model = Qwen2_5_VLForConditionalGeneration(make_vlm_config(qwen_processor, text, vision)).bfloat16()
     run = tmp_path / "vla0"
     model.save_pretrained(run / "model_last")
     qwen_processor.save_pretrained(run / "model_last")
@@ -337,40 +341,6 @@ def test_malicious_pickle_does_not_run(protocol, original, tmp_path):
     assert not (tmp_path / "ran").exists() and not (tmp_path / "ours").exists()
 
 
-@pytest.mark.parametrize("name", ["eval", "getattr", "__import__"])
-def test_pickle_gets_no_builtin_function(name, tmp_path):
-    (tmp_path / "stats.pkl").write_bytes(f"cbuiltins\n{name}\n.".encode())
-    with pytest.raises(ValueError, match=f"it asks for builtins.{name}"):
-        module.read_stats(tmp_path / "stats.pkl")
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ({"action": {"min": [0], "max": [1]}}, r"expected \{'out_ori_act'.*found \['action'\]"),
-        ([1, 2], "expected .*found list"),
-        ({"out_ori_act": {"mean": [0]}}, r"found \['mean'\]"),
-        ({"out_ori_act": {"min": ["a"], "max": [1]}}, "no lists of numbers"),
-        ({"out_ori_act": {"min": [0, 0], "max": [1]}}, "two lists of finite numbers"),
-        ({"out_ori_act": {"min": [0], "max": [float("nan")]}}, "two lists of finite numbers"),
-        ({"out_ori_act": {"min": [2], "max": [1]}}, "min not above max"),
-    ],
-)
-@pytest.mark.parametrize("suffix", ["json", "pkl"])
-def test_other_statistics(content, message, suffix, tmp_path):
-    file = tmp_path / f"stats.{suffix}"
-    file.write_bytes(json.dumps(content).encode() if suffix == "json" else pickle.dumps(content))
-    with pytest.raises(ValueError, match=message):
-        module.read_stats(file)
-
-
-@pytest.mark.parametrize("protocol", range(6))
-def test_every_pickle_protocol(protocol, tmp_path):
-    stats = {"out_ori_act": {"min": np.array(LOW), "max": np.array(HIGH, dtype=np.float32)}}
-    (tmp_path / "stats.pkl").write_bytes(pickle.dumps(stats, protocol))
-    np.testing.assert_allclose(module.read_stats(tmp_path / "stats.pkl")["max"], HIGH, rtol=1e-6)
-
-
 def damage_weights(run: Path, change) -> None:
     file = next(run.glob("*/model.safetensors"))
     weights = load_file(file)
@@ -456,3 +426,96 @@ def test_interrupted_import_leaves_nothing(trl, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         run_import(trl, tmp_path / "ours")
     assert [p.name for p in tmp_path.iterdir()] == ["trl"]
+
+
+# ---------------------------------------------------------------------------------------- what was exported
+
+
+def export(folder: Path, out: Path) -> Path:
+    main(["export", f"--policy.path={folder}", f"--out={out}"])
+    return out
+
+
+def contents(folder: Path) -> dict:
+    """Path in the folder → what the file says. Left out: how it was trained."""
+    found = {}
+    for file in folder.rglob("*.*"):
+        name = str(file.relative_to(folder))
+        if file.suffix == ".json" and name != "train_config.json":
+            found[name] = json.loads(file.read_text())
+        elif file.suffix == ".safetensors":
+            found[name] = {key: (str(value.dtype), value.tolist()) for key, value in load_file(file).items()}
+            # Embeddings and a head that is tied to them are stored once, under either name.
+            heads = [k for k in found[name] if k.endswith(("embed_tokens.weight", "lm_head.weight"))]
+            if len(heads) == 1:
+                found[name]["tied"] = found[name].pop(heads[0])
+    return found
+
+
+def check_round_trip(folder: Path, tmp_path: Path) -> None:
+    main(["import", f"--from={export(folder, tmp_path / 'plain')}", f"--out={tmp_path / 'back'}"])
+    before, after = contents(folder), contents(tmp_path / "back")
+    assert before.keys() == after.keys()
+    for name in before:
+        assert before[name] == after[name], name
+    again = export(tmp_path / "back", tmp_path / "again")
+    assert (again / "action_spec.json").read_bytes() == (tmp_path / "plain/action_spec.json").read_bytes()
+
+
+def test_import_undoes_export(learnt, tmp_path):
+    folder, batch = learnt
+    check_round_trip(folder, tmp_path)
+    expected = VLA0Policy.from_pretrained(folder).predict_action_chunk(observation(batch))
+    back = VLA0Policy.from_pretrained(tmp_path / "back")
+    assert torch.equal(back.predict_action_chunk(observation(batch)), expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_import_undoes_export_of_other_families(family, tmp_path):
+    square = family not in ("qwen2_vl", "qwen3_vl")
+    size = {"smolvlm": 96, "internvl": 84, "gemma3": 56, "qwen3_vl": 64, "qwen2_vl": 56}[family]
+    vlm = make_tiny(family, tmp_path / "vlm")
+    config = make_config(vlm, 96, image_size=size, tile_images=not square, chunk_size=2, n_action_steps=2)
+    policy = VLA0Policy(config)
+    randomise(policy)
+    for part in (policy, *make_vla0_pre_post_processors(config, make_stats())):
+        part.save_pretrained(tmp_path / "checkpoint")
+    check_round_trip(tmp_path / "checkpoint", tmp_path)
+
+
+def test_import_undoes_export_of_shards_and_statistics_by_task(learnt, tmp_path, monkeypatch):
+    policy = VLA0Policy.from_pretrained(learnt[0])
+    policy.config.action_norm, policy.config.dtype = "task", "bfloat16"
+    policy.to(torch.bfloat16)
+    stats = make_stats()
+    stats |= {f"{PREFIX}open the drawer": {"min": torch.full((7,), -0.1), "max": torch.full((7,), 0.3)}}
+    for part in (policy, *make_vla0_pre_post_processors(policy.config, stats)):
+        part.save_pretrained(tmp_path / "checkpoint")
+    monkeypatch.setattr(export_module, "SHARD_BYTES", 100_000)
+    check_round_trip(tmp_path / "checkpoint", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        (lambda spec: spec.update(spec_version=2), (), "spec_version 2, this package reads up to 1"),
+        (lambda spec: spec.pop("checkpoint"), (), "was not written by `lerobot-vla0 export`"),
+        (
+            lambda spec: spec["checkpoint"]["files"].update({"../x.json": {}}),
+            (),
+            "x.json', which is no",
+        ),
+        (lambda spec: spec["checkpoint"]["files"].update({"run.py": {}}), (), "'run.py', which is no"),
+        (lambda spec: spec["checkpoint"]["state"].update({"../x": {}}), (), r"'\.\./x', which is no"),
+        (lambda spec: None, ("--chunk_size=8",), "--chunk_size does not apply here"),
+        (lambda spec: None, ("--cameras=[a]",), "--cameras does not apply here"),
+    ],
+)
+def test_user_errors_with_what_was_exported(change, options, message, learnt, tmp_path):
+    plain = export(learnt[0], tmp_path / "plain")
+    spec = json.loads((plain / "action_spec.json").read_text())
+    change(spec)
+    (plain / "action_spec.json").write_text(json.dumps(spec))
+    with pytest.raises(SystemExit, match=message):
+        run_import(plain, tmp_path / "back", *options)
+    assert [p.name for p in tmp_path.iterdir()] == ["plain"]

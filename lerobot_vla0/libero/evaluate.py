@@ -17,9 +17,10 @@ from typing import Any
 import draccus
 import numpy as np
 import torch
-from lerobot.configs import PreTrainedConfig, parser
+from lerobot.configs import PreTrainedConfig
 from tqdm import tqdm
 
+from ..cli import policy_option
 from .assets import asset_name, is_primitive, prepare_libero
 from .config import MAX_STEPS, NUM_INIT_STATES, NUM_TASKS, VLA0LiberoEnv, check_task_ids
 from .env import FPS
@@ -74,11 +75,7 @@ class EvalConfig:
     compare: Path | None = None
 
     def __post_init__(self) -> None:
-        path = parser.get_path_arg("policy")
-        if path:
-            overrides = parser.get_cli_overrides("policy") or []
-            self.policy = PreTrainedConfig.from_pretrained(path, cli_overrides=overrides)
-            self.policy.pretrained_path = Path(path)
+        self.policy = policy_option() or self.policy
         for suite in self.suite_list:
             check_task_ids(suite, self.tasks)
         if not re.fullmatch(r"[1-9]\d*/[1-9]\d*", self.shard) or self.part > self.parts:
