@@ -38,6 +38,7 @@ from .ensembling import TemporalEnsembler
 from .examples import ExampleMaker
 from .grammar import IntegerGrammar
 from .loss import linear_cross_entropy
+from .prepack import Prepacked, can_prepack
 from .processor_vla0 import ACTION_CLIPPED, STATISTICS
 from .prompt import IGNORE
 from .prompt_cache import PromptCache, RowByRow, RowCache, encode_prefix
@@ -142,6 +143,8 @@ class VLA0Policy(PreTrainedPolicy):
         # Tokens behind a prompt: the longest answer, and a draft that reaches beyond it.
         self._room = self.grammar.count * (len(str(config.num_bins)) + 1) + 64
         self._prefix: list[tuple[Tensor, Tensor]] | None = None
+        self._prepacked: Prepacked | None = None
+        self._weights: list[tuple[int, int]] = []  # storage and number of changes, when both were made
         self.reset()
 
     def _init_server(self, vlm_folder: Path | None) -> None:
@@ -395,14 +398,18 @@ class VLA0Policy(PreTrainedPolicy):
         if not backbone.has_prompt_cache(self.model):
             return RowByRow(self.model, inputs, self.grammar.token_ids)
         compiled = self.config.compile_model
+        prefix = self._prompt_prefix(inputs)
+        if self._prepacked is None and not compiled and can_prepack(self.model):
+            self._prepacked = Prepacked(backbone.language_model(self.model))
         return PromptCache(
             self.model,
             inputs,
             self.grammar.token_ids,
             self._room,
-            self._prompt_prefix(inputs),
+            prefix,
             self._row_cache if compiled else None,
             compiled,
+            self._prepacked,
         )
 
     def _bins_of_data_set(self, batch: dict[str, Any]) -> Callable[[Tensor], Tensor]:
@@ -421,8 +428,11 @@ class VLA0Policy(PreTrainedPolicy):
 
     def _prompt_prefix(self, inputs: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
         """Keys and values of what every prompt begins with, the words before the first picture; kept until
-        the weights may change."""
-        if self._prefix is None or self._prefix[0][0].device != inputs["input_ids"].device:
+        the weights change."""
+        weights = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in self.model.parameters()]
+        if weights != self._weights:
+            self._prefix, self._prepacked, self._weights = None, None, weights
+        if self._prefix is None:
             is_picture = inputs["input_ids"][0] == self.vlm_processor.image_token_id
             length = int(is_picture.int().argmax())
             self._prefix = encode_prefix(self.model, inputs["input_ids"][:1, :length])
@@ -430,7 +440,7 @@ class VLA0Policy(PreTrainedPolicy):
 
     def train(self, mode: bool = True) -> Self:
         if mode:
-            self._prefix = None
+            self._prefix = self._prepacked = None  # memory that training needs
         return super().train(mode)
 
     @torch.compiler.disable

@@ -2,7 +2,8 @@
 have lengths of their own, or, for models that this cannot feed, on Transformers' own cache row by row. Knows
 tokens and positions; nothing of what is written."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, DynamicCache
 
 from . import backbone
+from .prepack import Prepacked
 
 # A compiled pass has one of these widths (tokens per row), so that a handful of graphs serve all drafts.
 WIDTHS = (1, 8, 16, 32, 64)
@@ -190,6 +192,7 @@ class PromptCache:
         prefix: from `encode_prefix`, of tokens that all prompts begin with; they are not fed again.
         buffers: to use again; None makes new ones.
         compiled: torch.compile the passes behind the prompt, in which all rows then stay to the end.
+        prepacked: of the language model, for passes that are not compiled.
     """
 
     def __init__(
@@ -201,9 +204,10 @@ class PromptCache:
         prefix: list[tuple[Tensor, Tensor]] | None = None,
         buffers: RowCache | None = None,
         compiled: bool = False,
+        prepacked: Prepacked | None = None,
     ) -> None:
         self.model, self.language_model = model, backbone.language_model(model)
-        self.inputs, self.compiled = inputs, compiled
+        self.inputs, self.compiled, self.prepacked = inputs, compiled, prepacked
         self.head = model.lm_head.weight[token_ids]
         self.lengths = inputs["attention_mask"].sum(1)  # (R,) slots that hold for good
         self.skipped = prefix[0][0].shape[2] if prefix else 0
@@ -230,9 +234,7 @@ class PromptCache:
             tokens[row, n : n + len(draft)] = torch.tensor(draft, dtype=tokens.dtype, device=device)
         embeddings, extra = backbone.embed_prompts(self.model, self.inputs, tokens)
         new = slice(self.skipped, None)
-        # compile_model compiles for training, too; here lengths change from call to call, and each would be
-        # compiled.
-        with torch.compiler.set_stance("force_eager"):
+        with self._eagerly():
             hidden = _attend(
                 self.language_model,
                 self.cache,
@@ -252,6 +254,16 @@ class PromptCache:
         )
         last = places.clamp(max=hidden.shape[1] - 1)[..., None].expand(-1, -1, hidden.shape[2])
         return _numpy(nn.functional.linear(hidden.gather(1, last), self.head))
+
+    @contextmanager
+    def _eagerly(self) -> Iterator[None]:
+        # compile_model compiles for training, too; here lengths change from call to call, and each would be
+        # compiled.
+        with (
+            torch.compiler.set_stance("force_eager"),
+            nullcontext() if self.prepacked is None else self.prepacked.use(),
+        ):
+            yield
 
     def extend(self, kept: list[int], tokens: list[list[int]]) -> np.ndarray:
         if self.cache.user is not self:
@@ -285,7 +297,7 @@ class PromptCache:
         if self.compiled:
             logits = _numpy(_compiled_step(device.type)(*feed, self.cache.size))
         else:
-            with torch.compiler.set_stance("force_eager"):
+            with self._eagerly():
                 logits = _numpy(_step(*feed, int(slots.max()) + 1))
         result = np.zeros((len(tokens), width, logits.shape[-1]), dtype=logits.dtype)
         result[rows.cpu().numpy(), columns.cpu().numpy()] = logits
