@@ -3,7 +3,7 @@
 At Qwen2.5-VL's 151,936 tokens, the logits in float32, their log-softmax and their gradient can take most of a
 training step's memory. Here they exist for a few positions at a time, and once more in the backward pass.
 Liger's fused linear cross-entropy (arXiv 2410.10989) has the idea; this is plain PyTorch, on any device.
-Knows nothing of actions.
+Besides, the error of predicted integers.
 """
 
 from typing import Any
@@ -76,3 +76,27 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
     return torch.nn.functional.linear(hidden, weight).float()
+
+
+@torch.no_grad()
+def integer_error(digits: Tensor, supervised: Tensor, places: Tensor) -> float:
+    """Mean distance between true and predicted integers, in bins, over integers whose digits are all
+    supervised; 0 if there are none.
+
+    Args:
+        digits: (N,) predicted minus true digit at each supervised position.
+        supervised: (B, T) bool, N of them true.
+        places: (B, T) what each digit counts (1, 10, 100, ...); 0 where there is no digit.
+    """
+    # Each digit contributes its error times its place value to the integer it belongs to.
+    error = torch.zeros(places.shape, device=places.device)
+    error[supervised] = digits * places[supervised].float()
+    # The same number on all digits of an integer, another on the next's.
+    integer = (places == 0).cumsum(1)
+
+    def per_integer(values: Tensor) -> Tensor:
+        return values.new_zeros(len(values), values.shape[1] + 1).scatter_add(1, integer, values)
+
+    length, hidden = per_integer((places > 0).float()), per_integer(((places > 0) & ~supervised).float())
+    whole = per_integer(error).abs()[(length > 0) & (hidden == 0)]
+    return whole.mean().item() if len(whole) else 0.0

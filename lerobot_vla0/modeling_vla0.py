@@ -37,7 +37,7 @@ from .drafting import Drafter, Trust
 from .ensembling import TemporalEnsembler
 from .examples import ExampleMaker
 from .grammar import IntegerGrammar
-from .loss import linear_cross_entropy
+from .loss import integer_error, linear_cross_entropy
 from .prepack import Prepacked, can_prepack
 from .processor_vla0 import ACTION_CLIPPED, STATISTICS
 from .prompt import IGNORE
@@ -270,42 +270,20 @@ class VLA0Policy(PreTrainedPolicy):
         labels, places = labels[:, 1:], places[:, 1:]
         supervised = labels != IGNORE
         targets = labels[supervised]  # (N,)
+        digit_ids = torch.tensor(self.chat.digit_ids, device=targets.device)
         losses, predicted, digits = linear_cross_entropy(
-            hidden[:, :-1][supervised],
-            self.model.lm_head.weight,
-            targets,
-            torch.tensor(self.chat.digit_ids, device=targets.device),
+            hidden[:, :-1][supervised], self.model.lm_head.weight, targets, digit_ids
         )
-        metrics = self._metrics(predicted, digits, targets, supervised, places)
+        true = (targets[:, None] == digit_ids).float().argmax(-1)  # 0 where the target is no digit
+        metrics = {
+            "token_accuracy": (predicted == targets).float().mean().item(),
+            "action_error_bins": integer_error(digits - true, supervised, places),
+        }
         if reduction == "mean":
             return losses.mean(), metrics
         rows = supervised.nonzero()[:, 0]
         sums = losses.new_zeros(len(labels)).index_add(0, rows, losses)
         return sums / supervised.sum(1).clamp(min=1), metrics
-
-    @torch.no_grad()
-    def _metrics(
-        self, predicted: Tensor, digits: Tensor, targets: Tensor, supervised: Tensor, places: Tensor
-    ) -> dict[str, float]:
-        """Of the most likely token and the most likely digit 0..9 at each of N supervised positions."""
-        digit_ids = torch.tensor(self.chat.digit_ids, device=targets.device)
-        true = (targets[:, None] == digit_ids).float().argmax(-1)  # 0 where the target is no digit
-        # Each supervised digit contributes (predicted - true) · place value to the integer it belongs to.
-        error = torch.zeros(places.shape, device=targets.device)
-        error[supervised] = (digits - true) * places[supervised].float()
-        integer = (places == 0).cumsum(
-            1
-        )  # the same number on all digits of an integer, another on the next's
-
-        def per_integer(values: Tensor) -> Tensor:
-            return values.new_zeros(len(values), values.shape[1] + 1).scatter_add(1, integer, values)
-
-        length, hidden = per_integer((places > 0).float()), per_integer(((places > 0) & ~supervised).float())
-        whole = per_integer(error).abs()[(length > 0) & (hidden == 0)]
-        return {
-            "token_accuracy": (predicted == targets).float().mean().item(),
-            "action_error_bins": whole.mean().item() if len(whole) else 0.0,
-        }
 
     # ------------------------------------------------------------------------------------------------- acting
 

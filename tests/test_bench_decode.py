@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from conftest import make_config, randomise
 from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
+from tiny_families import make_tiny
 
 from lerobot_vla0.bench.decode import BenchDecodeConfig, _scene, bench_decode
 from lerobot_vla0.bench.decode_modes import MODES, Chunk, tie_gap, write
@@ -78,6 +79,27 @@ def test_a_checkpoint_of_ones_own(config, tiny_vlm, tiny_dataset, tmp_path):
     config.dataset = None
     with pytest.raises(ValueError, match="a checkpoint needs something to look at: give --dataset"):
         bench_decode(config)
+
+
+@pytest.mark.parametrize("family", ["smolvlm", "qwen3_vl", "gemma3"])
+def test_a_checkpoint_of_another_family(family, config, tiny_dataset, tmp_path):
+    """Its language model has another name, its inputs other keys; Gemma 3 decodes row by row."""
+    stats = LeRobotDatasetMetadata("local/tiny", root=tiny_dataset).stats
+    size = {"smolvlm": 96, "qwen3_vl": 64, "gemma3": 56}[family]
+    vlm = make_tiny(family, tmp_path / "vlm")
+    tiled = family == "qwen3_vl"
+    settings = make_config(vlm, image_size=size, tile_images=tiled, chunk_size=2, n_action_steps=2)
+    policy = VLA0Policy(settings)
+    randomise(policy)
+    policy.save_pretrained(tmp_path / "checkpoint")
+    for processor in make_vla0_pre_post_processors(settings, stats):
+        processor.save_pretrained(tmp_path / "checkpoint")
+    config.model, config.dataset, config.chunks = str(tmp_path / "checkpoint"), tiny_dataset, 2
+    config.batch_size, config.workloads = 2, ["own"]
+    rows = {row["mode"]: row for row in bench_decode(config)["results"]}
+    for mode in ("generate_grammar", "plain", "forced", "drafts"):
+        assert rows[mode]["identical"] == 2, mode
+    assert rows["drafts"]["passes"] < rows["plain"]["passes"] == rows["generate_grammar"]["passes"]
 
 
 def test_how_close_a_call_a_text_was(config):

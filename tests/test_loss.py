@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from lerobot_vla0 import loss
-from lerobot_vla0.loss import linear_cross_entropy
+from lerobot_vla0.loss import integer_error, linear_cross_entropy
 
 
 @pytest.fixture
@@ -66,3 +66,13 @@ def test_no_position():
     )
     losses.sum().backward()
     assert losses.shape == (0,) and hidden.grad.shape == (0, 4)
+
+
+def test_integer_error():
+    """Digits off by known amounts; an integer with a hidden digit does not count."""
+    supervised = torch.tensor([[True, True, True, True, True, True, False, True]])
+    places = torch.tensor([[100, 10, 1, 0, 1, 0, 10, 1]])
+    # 407 predicted as 309, 9 as 9, a hidden digit and 2 as 0; at a space any.
+    digits = torch.tensor([3 - 4, 0, 9 - 7, 5, 0, 1, 0 - 2])
+    assert integer_error(digits, supervised, places) == pytest.approx((98 + 0) / 2)
+    assert integer_error(digits[:0], torch.zeros_like(supervised), places) == 0.0

@@ -93,21 +93,6 @@ def test_padded_timesteps(tiny_vlm, processors):
     assert text == "".join(f" {v}" for v in expected)
 
 
-def test_metrics_on_known_predictions(policy):
-    """Digits off by known amounts; an integer with a hidden digit does not count."""
-    chat = policy.chat
-    digit, space = chat.digit_ids, chat.space_id
-    labels = torch.tensor([[digit[4], digit[0], digit[7], space, digit[9], space, IGNORE, digit[2]]])
-    places = torch.tensor([[100, 10, 1, 0, 1, 0, 10, 1]])
-    supervised = labels != IGNORE
-    digits = torch.tensor([3, 0, 9, 5, 9, 1, 0])  # 407→309, 9→9; at a space any
-    predicted = torch.tensor(digit)[digits]
-    predicted[3] = space  # the second space is missed
-    metrics = policy._metrics(predicted, digits, labels[supervised], supervised, places)
-    assert metrics["action_error_bins"] == pytest.approx((98 + 0) / 2)
-    assert metrics["token_accuracy"] == pytest.approx(3 / 7)
-
-
 def test_clipping_is_logged(tiny_vlm, policy):
     pre, _ = make_vla0_pre_post_processors(make_config(tiny_vlm), make_stats(-0.5, 0.5))
     assert policy(pre(make_batch()))[1]["action_clipped"] > 0.3

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_batch, observation, run_script
+from conftest import TINY_TASKS, make_batch, observation, run_script
 from lerobot.datasets.factory import make_dataset
 from lerobot.policies.factory import make_policy, make_pre_post_processors
 from local_hub import TOKEN
 from safetensors.torch import load, load_file
+from tiny_families import FAMILIES, make_tiny
 from torch.utils.data import default_collate
 
 from lerobot_vla0 import sft as module
@@ -127,6 +128,19 @@ def test_writes_a_lerobot_checkpoint(arguments, tmp_path):
         parse([*arguments, f"--policy.path={final}", "--max_steps=1", f"--output_dir={tmp_path}/more"])
     )
     assert any(not torch.equal(two[k], value) for k, value in weights(more).items())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_other_families_and_ranges_by_task(family, arguments, tmp_path):
+    square = family not in ("qwen2_vl", "qwen3_vl")
+    size = {"smolvlm": 96, "internvl": 84, "gemma3": 56, "qwen3_vl": 64, "qwen2_vl": 56}[family]
+    vlm = make_tiny(family, tmp_path / "vlm")
+    options = [f"--policy.vlm={vlm}", f"--policy.image_size={size}", f"--policy.tile_images={not square}"]
+    output = sft(parse([*arguments, *options, "--policy.action_norm=task", "--max_steps=2"]))
+    policy = VLA0Policy.from_pretrained(output)
+    assert policy.model.config.model_type == family and policy.config.action_norm == "task"
+    saved = load_file(next(output.glob("policy_postprocessor*unnormalizer*.safetensors")))
+    assert {f"action.task.{task}.max" for task in TINY_TASKS} <= saved.keys()
 
 
 def test_streaming(arguments, tmp_path):

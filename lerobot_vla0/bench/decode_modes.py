@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from .. import decoding
+from .. import backbone, decoding
 from ..drafting import Drafter
 from ..grammar import IntegerGrammar, Text
 from ..modeling_vla0 import VLA0Policy
@@ -78,7 +78,6 @@ def _write_ours(policy: VLA0Policy, mode: str, chunks: list[Chunk], masked: bool
                 drafter.remember(chunk.previous, executed=1)
             drafter.start()
     inputs = _inputs(policy, chunks)
-    policy._prompt_prefix(inputs)  # kept between calls, as in the policy
     synchronize(policy)
     start = time.perf_counter()
     model = _model(policy, chunks, inputs, masked)
@@ -110,7 +109,7 @@ def _write_generate(policy: VLA0Policy, mode: str, chunks: list[Chunk], masked: 
     if mode == "prompt_lookup":
         settings.prompt_lookup_num_tokens, settings.max_matching_ngram_size = PROMPT_LOOKUP_TOKENS, 2
     passes = [0]
-    counter = policy.model.model.language_model.register_forward_pre_hook(
+    counter = backbone.language_model(policy.model).register_forward_pre_hook(
         lambda *_: passes.__setitem__(0, passes[0] + 1)
     )
     # `generate` fills what a config leaves open from the model's own (repetition penalty, sampling).
@@ -215,8 +214,9 @@ def _left_padded(inputs: dict[str, Any], pad_id: int) -> dict[str, Any]:
     if not any(padding):
         return inputs
     rolled = {
-        key: torch.stack([row.roll(n) for row, n in zip(inputs[key], padding, strict=True)])
-        for key in ("input_ids", "attention_mask", "mm_token_type_ids")
+        key: torch.stack([row.roll(n) for row, n in zip(value, padding, strict=True)])
+        for key, value in inputs.items()
+        if value.shape == inputs["input_ids"].shape
     }
     return inputs | rolled
 
