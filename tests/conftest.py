@@ -183,7 +183,7 @@ def tiny_dataset(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("tiny") / "data"
     cameras = ("observation.images.image", "observation.images.image2")
     features = {
-        k: {"dtype": "image", "shape": (96, 96, 3), "names": ["height", "width", "channel"]} for k in cameras
+        k: {"dtype": "image", "shape": (64, 64, 3), "names": ["height", "width", "channel"]} for k in cameras
     }
     features["observation.state"] = {"dtype": "float32", "shape": (8,), "names": None}
     features["action"] = {"dtype": "float32", "shape": (7,), "names": None}
@@ -191,7 +191,7 @@ def tiny_dataset(tmp_path_factory) -> Path:
     rng = np.random.default_rng(0)
     for episode in range(4):
         for _ in range(6):
-            frame = {key: rng.integers(0, 255, (96, 96, 3), dtype=np.uint8) for key in cameras}
+            frame = {key: rng.integers(0, 255, (64, 64, 3), dtype=np.uint8) for key in cameras}
             frame["observation.state"] = rng.normal(size=8).astype(np.float32)
             frame["action"] = rng.uniform(-0.9, 0.9, 7).astype(np.float32)
             dataset.add_frame(frame | {"task": TINY_TASKS[episode % 2]})

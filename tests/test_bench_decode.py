@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from conftest import make_config, randomise
 from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
-from tiny_families import make_tiny
+from tiny_families import PICTURES, make_tiny
 
 from lerobot_vla0.bench.decode import BenchDecodeConfig, _scene, bench_decode
 from lerobot_vla0.bench.decode_modes import MODES, Chunk, tie_gap, write
@@ -58,16 +58,20 @@ def test_batch_of_random_texts(config, capsys):
     assert rows["drafts"]["passes"] <= rows["forced"]["passes"] < rows["plain"]["passes"]
 
 
-def test_a_checkpoint_of_ones_own(config, tiny_vlm, tiny_dataset, tmp_path):
-    """Its own texts, and in bfloat16, where passes of different widths may round differently."""
-    stats = LeRobotDatasetMetadata("local/tiny", root=tiny_dataset).stats
-    settings = make_config(tiny_vlm, chunk_size=4, n_action_steps=1)
-    policy = VLA0Policy(settings)
+def save_random(settings, dataset, config):
+    """A checkpoint with random weights, for the benchmark to measure on a data set."""
+    policy, folder = VLA0Policy(settings), config.out / "checkpoint"
     randomise(policy)
-    policy.save_pretrained(tmp_path / "checkpoint")
-    for processor in make_vla0_pre_post_processors(settings, stats):
-        processor.save_pretrained(tmp_path / "checkpoint")
-    config.model, config.dataset, config.chunks = str(tmp_path / "checkpoint"), tiny_dataset, 6
+    stats = LeRobotDatasetMetadata("local/tiny", root=dataset).stats
+    for part in (policy, *make_vla0_pre_post_processors(settings, stats)):
+        part.save_pretrained(folder)
+    config.model, config.dataset = str(folder), dataset
+
+
+def test_a_checkpoint_of_ones_own(config, tiny_vlm, tiny_dataset):
+    """Its own texts, and in bfloat16, where passes of different widths may round differently."""
+    save_random(make_config(tiny_vlm, chunk_size=4, n_action_steps=1), tiny_dataset, config)
+    config.chunks = 6
     config.dtype, config.modes = "bfloat16", ["generate_grammar", "plain", "forced", "drafts"]
     result = bench_decode(config)
     assert {row["workload"] for row in result["results"]} == {"own", "own_replanned"}
@@ -84,18 +88,9 @@ def test_a_checkpoint_of_ones_own(config, tiny_vlm, tiny_dataset, tmp_path):
 @pytest.mark.parametrize("family", ["smolvlm", "qwen3_vl", "gemma3"])
 def test_a_checkpoint_of_another_family(family, config, tiny_dataset, tmp_path):
     """Its language model has another name, its inputs other keys; Gemma 3 decodes row by row."""
-    stats = LeRobotDatasetMetadata("local/tiny", root=tiny_dataset).stats
-    size = {"smolvlm": 96, "qwen3_vl": 64, "gemma3": 56}[family]
-    vlm = make_tiny(family, tmp_path / "vlm")
-    tiled = family == "qwen3_vl"
-    settings = make_config(vlm, image_size=size, tile_images=tiled, chunk_size=2, n_action_steps=2)
-    policy = VLA0Policy(settings)
-    randomise(policy)
-    policy.save_pretrained(tmp_path / "checkpoint")
-    for processor in make_vla0_pre_post_processors(settings, stats):
-        processor.save_pretrained(tmp_path / "checkpoint")
-    config.model, config.dataset, config.chunks = str(tmp_path / "checkpoint"), tiny_dataset, 2
-    config.batch_size, config.workloads = 2, ["own"]
+    settings = {**PICTURES[family], "chunk_size": 2, "n_action_steps": 2}
+    save_random(make_config(make_tiny(family, tmp_path / "vlm"), **settings), tiny_dataset, config)
+    config.chunks, config.batch_size, config.workloads = 2, 2, ["own"]
     rows = {row["mode"]: row for row in bench_decode(config)["results"]}
     for mode in ("generate_grammar", "plain", "forced", "drafts"):
         assert rows[mode]["identical"] == 2, mode

@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import make_config, make_stats, observation, randomise
 from safetensors.torch import load_file
-from tiny_families import make_tiny
+from tiny_families import PICTURES, make_tiny
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
 from lerobot_vla0 import export as export_module
@@ -94,11 +94,8 @@ def test_shards(learnt, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("family", ["smolvlm", "internvl", "gemma3", "qwen3_vl"])
 def test_other_families_show_the_same_prompt_and_pixels(family, tmp_path):
-    square = family != "qwen3_vl"
-    size = {"smolvlm": 96, "internvl": 84, "gemma3": 56, "qwen3_vl": 64}[family]
-    vlm = make_tiny(family, tmp_path / "vlm")
-    policy = VLA0Policy(make_config(vlm, 96, image_size=size, tile_images=not square, chunk_size=2,
-                                    n_action_steps=2, crop_ratio=1.0)).eval()  # fmt: skip
+    settings = {**PICTURES[family], "chunk_size": 2, "n_action_steps": 2, "crop_ratio": 1.0}
+    policy = VLA0Policy(make_config(make_tiny(family, tmp_path / "vlm"), 96, **settings)).eval()
     randomise(policy)
     folder = tmp_path / "checkpoint"
     for part in (policy, *make_vla0_pre_post_processors(policy.config, make_stats())):

@@ -5,16 +5,13 @@ import logging
 import pytest
 import torch
 from conftest import make_batch, make_config, make_stats, observation, randomise
-from tiny_families import FAMILIES, make_tiny
+from tiny_families import FAMILIES, PICTURES, make_tiny
 from transformers import AutoProcessor
 
 from lerobot_vla0 import backbone
 from lerobot_vla0.decoding import decode
 from lerobot_vla0.modeling_vla0 import VLA0Policy
 from lerobot_vla0.processor_vla0 import make_vla0_pre_post_processors
-
-SIZE = {"qwen2_vl": 56, "qwen3_vl": 64, "smolvlm": 64, "internvl": 56, "gemma3": 56}
-SQUARE = ("smolvlm", "internvl", "gemma3")
 
 
 @pytest.fixture(scope="module")
@@ -24,8 +21,8 @@ def folders(tmp_path_factory):
 
 
 def config_of(family, folders, **overrides):
-    settings = {"image_size": SIZE[family], "tile_images": family not in SQUARE, "chunk_size": 4}
-    return make_config(folders[family], 80, **{**settings, "n_action_steps": 4, **overrides})
+    settings = {**PICTURES[family], "chunk_size": 4, "n_action_steps": 4}
+    return make_config(folders[family], 80, **{**settings, **overrides})
 
 
 def make_policy(family, folders, **overrides):

@@ -14,7 +14,7 @@ import yaml
 from conftest import make_config, make_stats, observation, randomise, shared
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny_families import FAMILIES, make_tiny
+from tiny_families import FAMILIES, PICTURES, make_tiny
 from transformers import AutoModelForImageTextToText, AutoProcessor, LogitsProcessor
 from transformers.image_processing_utils import BatchFeature
 
@@ -472,10 +472,8 @@ def test_import_undoes_export(learnt, tmp_path):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_import_undoes_export_of_other_families(family, tmp_path):
-    square = family not in ("qwen2_vl", "qwen3_vl")
-    size = {"smolvlm": 96, "internvl": 84, "gemma3": 56, "qwen3_vl": 64, "qwen2_vl": 56}[family]
-    vlm = make_tiny(family, tmp_path / "vlm")
-    config = make_config(vlm, 96, image_size=size, tile_images=not square, chunk_size=2, n_action_steps=2)
+    settings = {**PICTURES[family], "chunk_size": 2, "n_action_steps": 2}
+    config = make_config(make_tiny(family, tmp_path / "vlm"), 96, **settings)
     policy = VLA0Policy(config)
     randomise(policy)
     for part in (policy, *make_vla0_pre_post_processors(config, make_stats())):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_batch, make_config, make_stats, observation, randomise
+from conftest import learn, make_batch, make_config, make_stats, observation, randomise
 from lerobot.configs import FeatureType, PolicyFeature
 
 from lerobot_vla0.modeling_vla0 import VLA0Policy
@@ -147,21 +147,7 @@ def test_overfits_and_decodes_the_exact_integers(tiny_vlm, processors):
     config = make_config(tiny_vlm, chunk_size=2, n_action_steps=2, crop_ratio=1.0, image_size=56)
     policy = VLA0Policy(config)
     batch = processors[0](make_batch(rows=4, size=56, chunk_size=2))
-    policy.train()
-    # No augmentation: what is tested is that the model can learn its examples and that decoding reads them
-    # back.
-    config.action_mask_prob = 0.0
-    config.jitter_brightness = config.jitter_contrast = config.jitter_saturation = config.jitter_hue = 0.0
-    optimizer = torch.optim.AdamW(policy.get_optim_params(), lr=3e-3)
-    for _ in range(2000):
-        loss, metrics = policy(batch)
-        if metrics["token_accuracy"] == 1.0 and loss.item() < 0.02:
-            break
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-        optimizer.step()
-    assert metrics["token_accuracy"] == 1.0 and metrics["action_error_bins"] == 0.0, f"not learnt: {metrics}"
+    learn(policy, batch)
     assert torch.equal(policy.predict_action_chunk(observation(batch)), batch["action"].float())
 
 

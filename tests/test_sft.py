@@ -16,7 +16,7 @@ from lerobot.datasets.factory import make_dataset
 from lerobot.policies.factory import make_policy, make_pre_post_processors
 from local_hub import TOKEN
 from safetensors.torch import load, load_file
-from tiny_families import FAMILIES, make_tiny
+from tiny_families import FAMILIES, PICTURES, make_tiny
 from torch.utils.data import default_collate
 
 from lerobot_vla0 import sft as module
@@ -132,10 +132,8 @@ def test_writes_a_lerobot_checkpoint(arguments, tmp_path):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_other_families_and_ranges_by_task(family, arguments, tmp_path):
-    square = family not in ("qwen2_vl", "qwen3_vl")
-    size = {"smolvlm": 96, "internvl": 84, "gemma3": 56, "qwen3_vl": 64, "qwen2_vl": 56}[family]
-    vlm = make_tiny(family, tmp_path / "vlm")
-    options = [f"--policy.vlm={vlm}", f"--policy.image_size={size}", f"--policy.tile_images={not square}"]
+    settings = {"vlm": make_tiny(family, tmp_path / "vlm"), **PICTURES[family]}
+    options = [f"--policy.{name}={value}" for name, value in settings.items()]
     output = sft(parse([*arguments, *options, "--policy.action_norm=task", "--max_steps=2"]))
     policy = VLA0Policy.from_pretrained(output)
     assert policy.model.config.model_type == family and policy.config.action_norm == "task"

@@ -30,7 +30,15 @@ from transformers import (
 
 from lerobot_vla0 import tiny_vlm
 
-FAMILIES = ("qwen2_vl", "qwen3_vl", "smolvlm", "internvl", "gemma3")
+# Pictures that each takes as they are: the side in pixels, and whether cameras can stand side by side.
+PICTURES = {
+    "qwen2_vl": {"image_size": 56, "tile_images": True},
+    "qwen3_vl": {"image_size": 64, "tile_images": True},
+    "smolvlm": {"image_size": 64, "tile_images": False},
+    "internvl": {"image_size": 56, "tile_images": False},
+    "gemma3": {"image_size": 56, "tile_images": False},
+}
+FAMILIES = tuple(PICTURES)
 TEXT = {
     "vocab_size": 640,
     "hidden_size": 64,
