@@ -19,6 +19,9 @@ from .prepack import Prepacked
 WIDTHS = (1, 8, 16, 32, 64)
 # Compiled passes see the whole cache; its size is a multiple of this, so that prompts share graphs.
 BLOCK = 128
+# Widths, sizes of the cache and numbers of rows that are compiled for. PyTorch's own limit of 8 would be
+# reached soon, and what comes then is not compiled.
+GRAPHS = 64
 # What Transformers calls the attention of passes. It takes any mask; flash attention takes none that differs
 # from row to row.
 ATTENTION = "vla0_rows"
@@ -37,6 +40,7 @@ class RowCache:
         self.used = 0  # slots that attention has to look at
         self.user: object = None
 
+    @torch.inference_mode()  # as the decoder, which made the buffers
     def begin(self, rows: int, size: int, prefix: list[tuple[Tensor, Tensor]] | None) -> None:
         """Empties the cache and gives each row `size` slots, of which `prefix` fills the first. Buffers of
         the right size are kept: compiled graphs count on their addresses."""
@@ -295,7 +299,8 @@ class PromptCache:
         packed = Packed(owners, columns, grid)
         feed = self.language_model, self.head, self.cache, ids, positions, slots, packed
         if self.compiled:
-            logits = _numpy(_compiled_step(device.type)(*feed, self.cache.size))
+            with torch._dynamo.config.patch(recompile_limit=GRAPHS):
+                logits = _numpy(_compiled_step(device.type)(*feed, self.cache.size))
         else:
             with self._eagerly():
                 logits = _numpy(_step(*feed, int(slots.max()) + 1))

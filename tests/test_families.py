@@ -1,6 +1,7 @@
 """Every family of VLMs through a policy's life: pictures and prompt, training, decoding, saving, LoRA."""
 
 import logging
+import shutil
 
 import pytest
 import torch
@@ -153,6 +154,16 @@ def test_acts_alone_as_in_a_batch(family, folders):
     other = {**batch, "observation.images.image2": 1 - batch["observation.images.image2"]}
     policy.reset()
     assert not torch.equal(policy.predict_action_chunk(other), both)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["smolvlm", "qwen3_vl"])
+def test_compiled_model_acts_the_same(family, folders):
+    batch = observation(make_bins())
+    plain, compiled = (make_policy(family, folders, compile_model=c) for c in (False, True))
+    for _ in range(2):
+        assert torch.equal(compiled.predict_action_chunk(batch), plain.predict_action_chunk(batch))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
