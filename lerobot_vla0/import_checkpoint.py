@@ -32,7 +32,7 @@ from .export import ACTION_SPEC, SPEC_VERSION
 from .import_stats import read_stats
 from .weights import common_dtype, find_weights, policy_names, write_weights
 
-# RoboVerse's names of LIBERO's cameras in the original's config, and the keys of `lerobot/libero`.
+# RoboVerse's names of LIBERO's cameras (its img_libero_aug.yaml: image, wrist_image), and `lerobot/libero`'s.
 LIBERO_CAMERAS = {"3p1": "observation.images.image", "3p2": "observation.images.image2"}
 CAMERA_SIDE = 256  # pixels that LIBERO's cameras are rendered with in all three codes
 FILES = ["*.json", "*.safetensors", "*.yaml", "dataset_stats.pkl", "*.jinja", "*merges.txt"]
