@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 def can_prepack(model: nn.Module) -> bool:
     """Whether the model computes in bfloat16 on a CPU that has instructions for it."""
-    weight = next(model.parameters())
-    mkldnn = torch.ops.mkldnn
-    return (
-        weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and mkldnn._is_mkldnn_bf16_supported()
-    )
+    weight, mkldnn = next(model.parameters()), torch.ops.mkldnn
+    bfloat16_on_cpu = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
+    if not bfloat16_on_cpu or not torch.backends.mkldnn.is_available():
+        return False
+    # On ARM, where another library does oneDNN's work, this has not been tried.
+    return mkldnn._is_mkldnn_bf16_supported() and not mkldnn._is_mkldnn_acl_supported()
 
 
 class Prepacked:
