@@ -41,7 +41,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
                 ecolor="0.3",
             )
             axes.annotate(
-                f" {row['speedup']:.1f}×, {row['passes']:.0f} passes", (row["ms_max"], place), va="center"
+                f" {row['speedup']:.1f}×, {row['passes']:.4g} passes", (row["ms_max"], place), va="center"
             )
         axes.set(title=workload, xlabel="ms per chunk", yticks=range(len(modes)), yticklabels=modes)
         axes.set_xlim(0, 1.5 * max(row["ms_max"] for row in shown.values()))
