@@ -4,14 +4,10 @@ import logging
 import sys
 from dataclasses import dataclass
 from importlib import import_module
-from pathlib import Path
-from typing import TYPE_CHECKING
 
-import draccus
-from draccus.utils import DraccusException, ParsingError
+from draccus.utils import DraccusException
 
-if TYPE_CHECKING:
-    from lerobot.configs import PreTrainedConfig
+from .options import parse_options
 
 
 @dataclass
@@ -26,27 +22,27 @@ COMMANDS = {
     "eval": Command(
         "libero.evaluate", "EvalConfig", "evaluate", "evaluate a policy on LIBERO as the paper does"
     ),
-    "sft": Command("sft", None, "main", "train with TRL's SFTTrainer, on one GPU or several"),
-    "record": Command("libero.record", "RecordConfig", "record", "record episodes of a scripted expert"),
+    "sft": Command("training.sft", None, "main", "train with TRL's SFTTrainer, on one GPU or several"),
+    "record": Command("demo.record", "RecordConfig", "record", "record episodes of a scripted expert"),
     "bench decode": Command(
         "bench.decode", "BenchDecodeConfig", "bench_decode", "measure decoding against Transformers' generate"
     ),
     "bench train": Command(
         "bench.train", "BenchTrainConfig", "bench_train", "measure a training step against sample by sample"
     ),
-    "merge": Command("merge", "MergeConfig", "merge", "fold a LoRA adapter into a full checkpoint"),
+    "merge": Command("convert.merge", "MergeConfig", "merge", "fold a LoRA adapter into a full checkpoint"),
     "import": Command(
-        "import_checkpoint",
+        "convert.import_checkpoint",
         None,
         "main",
         "import a checkpoint of NVlabs/vla0, vla0-trl or TinyVLA, or an export",
     ),
-    "card": Command("card", "CardConfig", "write_card", "write the model card of a checkpoint"),
+    "card": Command("convert.card", "CardConfig", "write_card", "write the model card of a checkpoint"),
     "export": Command(
-        "export", "ExportConfig", "export", "write a plain Transformers folder for serving engines"
+        "convert.export", "ExportConfig", "export", "write a plain Transformers folder for serving engines"
     ),
-    "curve": Command("curve", "CurveConfig", "plot_curve", "plot the loss curve of a lerobot-train log"),
-    "tiny-vlm": Command("tiny_vlm", "TinyVLMConfig", "make_tiny_vlm", "write a small random Qwen2.5-VL"),
+    "curve": Command("demo.curve", "CurveConfig", "plot_curve", "plot the loss curve of a lerobot-train log"),
+    "tiny-vlm": Command("demo.tiny_vlm", "TinyVLMConfig", "make_tiny_vlm", "write a small random Qwen2.5-VL"),
 }
 USAGE = "usage: lerobot-vla0 COMMAND [--option=value ...]\n\ncommands:\n" + "\n".join(
     f"  {name:12} {command.help}" for name, command in COMMANDS.items()
@@ -78,37 +74,3 @@ def main(argv: list[str] | None = None) -> None:
         RuntimeError,
     ) as error:
         sys.exit(f"lerobot-vla0 {name}: {error}")
-
-
-def parse_options(config_class: type, prog: str, args: list[str]) -> object:
-    """draccus with LeRobot's `--policy.path=`, which its configs read from `sys.argv` themselves.
-
-    Raises:
-        ValueError: a config refuses a value; draccus would only say that it could not be made.
-    """
-    options = args
-    if hasattr(config_class, "__get_path_fields__"):
-        from lerobot.configs.parser import filter_path_args
-
-        sys.argv = [prog, *args]
-        options = filter_path_args(config_class.__get_path_fields__(), args)
-    try:
-        return draccus.parse(config_class, args=options, prog=prog)
-    except ParsingError as error:
-        if isinstance(error.__cause__, ValueError) and not isinstance(error.__cause__, DraccusException):
-            raise error.__cause__ from error
-        raise
-
-
-def policy_option() -> "PreTrainedConfig | None":
-    """What `--policy.path=` names, a checkpoint folder or a Hub repo: its config, with `--policy.<field>=` of
-    the command line on top; None without it. For `__post_init__` of a config that has `policy` among its
-    `__get_path_fields__`."""
-    from lerobot.configs import PreTrainedConfig, parser
-
-    path = parser.get_path_arg("policy")
-    if not path:
-        return None
-    config = PreTrainedConfig.from_pretrained(path, cli_overrides=parser.get_cli_overrides("policy") or [])
-    config.pretrained_path = Path(path)
-    return config

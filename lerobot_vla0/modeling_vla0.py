@@ -22,9 +22,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoProcessor
 
-from . import backbone, decoding
-from .card import make_card, training_of
-from .checkpoints import (
+from . import backbone
+from .checkpoint import (
     ADAPTER_CONFIG,
     VLM_FOLDER,
     check_adapter,
@@ -33,16 +32,18 @@ from .checkpoints import (
     is_bare_vlm,
 )
 from .configuration_vla0 import VLA0Config
-from .drafting import Drafter, Trust
-from .ensembling import TemporalEnsembler
+from .convert.card import make_card, training_of
+from .decoding import engine as decoding
+from .decoding.drafting import Drafter, Trust
+from .decoding.ensembling import TemporalEnsembler
+from .decoding.grammar import IntegerGrammar
+from .decoding.prepack import Prepacked, can_prepack
+from .decoding.server import Server
+from .decoding.session import PromptCache, RowByRow, RowCache, encode_prefix
 from .examples import ExampleMaker
-from .grammar import IntegerGrammar
 from .loss import integer_error, linear_cross_entropy
-from .prepack import Prepacked, can_prepack
 from .processor_vla0 import ACTION_CLIPPED, STATISTICS
 from .prompt import IGNORE
-from .prompt_cache import PromptCache, RowByRow, RowCache, encode_prefix
-from .server import Server
 from .task_stats import TASK_RANGE, add_task_statistics
 
 # Longest draft in symbols, tokens of a pass over all rows, and the chance below which a further symbol is not

@@ -27,7 +27,7 @@ def shared(name: str) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_vlm(tmp_path_factory) -> Path:
-    from lerobot_vla0.tiny_vlm import TinyVLMConfig, make_tiny_vlm
+    from lerobot_vla0.demo.tiny_vlm import TinyVLMConfig, make_tiny_vlm
 
     return make_tiny_vlm(TinyVLMConfig(out=tmp_path_factory.mktemp("vlm") / "tiny"))
 

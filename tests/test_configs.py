@@ -6,7 +6,7 @@ from conftest import ROOT
 from lerobot.configs.train import TrainPipelineConfig
 
 from lerobot_vla0 import VLA0Config
-from lerobot_vla0.sft_options import parse
+from lerobot_vla0.training.sft_options import parse
 
 FILES = sorted((ROOT / "configs").glob("*train*.yaml"))
 SFT_FILES = sorted((ROOT / "configs").glob("sft_*.yaml"))

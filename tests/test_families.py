@@ -10,7 +10,7 @@ from tiny_families import FAMILIES, PICTURES, make_tiny
 from transformers import AutoProcessor
 
 from lerobot_vla0 import backbone
-from lerobot_vla0.decoding import decode
+from lerobot_vla0.decoding.engine import decode
 from lerobot_vla0.modeling_vla0 import VLA0Policy
 from lerobot_vla0.processor_vla0 import make_vla0_pre_post_processors
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import make_batch, make_config, observation, randomise, run_script
 from local_hub import TOKEN, LocalHub
-from test_import import save_model, write_config, write_stats
+from test_convert_import_checkpoint import save_model, write_config, write_stats
 
 from lerobot_vla0.cli import main
 from lerobot_vla0.modeling_vla0 import VLA0Policy

@@ -28,7 +28,7 @@ from transformers import (
     SmolVLMVideoProcessor,
 )
 
-from lerobot_vla0 import tiny_vlm
+from lerobot_vla0.demo import tiny_vlm
 
 # Pictures that each takes as they are: the side in pixels, and whether cameras can stand side by side.
 PICTURES = {

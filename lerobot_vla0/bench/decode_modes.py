@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from .. import backbone, decoding
-from ..drafting import Drafter
-from ..grammar import IntegerGrammar, Text
+from .. import backbone
+from ..decoding import engine as decoding
+from ..decoding.drafting import Drafter
+from ..decoding.grammar import IntegerGrammar, Text
 from ..modeling_vla0 import VLA0Policy
 from .models import synchronize
 

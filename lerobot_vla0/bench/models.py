@@ -9,8 +9,8 @@ import torch
 from lerobot.configs import FeatureType, PolicyFeature
 
 from ..configuration_vla0 import VLA0Config
+from ..demo.tiny_vlm import make_config, make_processor
 from ..modeling_vla0 import VLA0Policy
-from ..tiny_vlm import make_config, make_processor
 
 SHAPES = {
     # Qwen2.5-VL-3B (its config.json on the Hub).

@@ -20,7 +20,7 @@ import torch
 from lerobot.configs import PreTrainedConfig
 from tqdm import tqdm
 
-from ..cli import policy_option
+from ..options import PolicyOptions
 from .assets import asset_name, is_primitive, prepare_libero
 from .config import MAX_STEPS, NUM_INIT_STATES, NUM_TASKS, VLA0LiberoEnv, check_task_ids
 from .env import FPS
@@ -40,14 +40,13 @@ IGNORED_FIELDS = {
 }
 
 
-@dataclass
-class EvalConfig:
+@dataclass(kw_only=True)
+class EvalConfig(PolicyOptions):
     """What to evaluate. `--policy.path=` names the checkpoint; its fields can be overridden
     (`--policy.device=cpu`)."""
 
     # Folder of the results. If it exists, the evaluation goes on where it stopped.
     out: Path
-    policy: PreTrainedConfig | None = None
     # Suites, separated by commas.
     suites: str = "libero_spatial,libero_object,libero_goal,libero_10"
     # Task ids; None takes all of each suite.
@@ -75,7 +74,7 @@ class EvalConfig:
     compare: Path | None = None
 
     def __post_init__(self) -> None:
-        self.policy = policy_option() or self.policy
+        super().__post_init__()
         for suite in self.suite_list:
             check_task_ids(suite, self.tasks)
         if not re.fullmatch(r"[1-9]\d*/[1-9]\d*", self.shard) or self.part > self.parts:
@@ -92,10 +91,6 @@ class EvalConfig:
                 f"batch_size={self.batch_size}: at least 1 episode and environment, and initial states in "
                 f"0..49."
             )
-
-    @classmethod
-    def __get_path_fields__(cls) -> list[str]:
-        return ["policy"]  # LeRobot's `--policy.path=`
 
     @property
     def suite_list(self) -> list[str]:

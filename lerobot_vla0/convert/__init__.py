@@ -1,0 +1,1 @@
+"""Checkpoints from and for other code: import, export, merged adapters, model cards."""

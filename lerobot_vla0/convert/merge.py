@@ -1,0 +1,52 @@
+"""`lerobot-vla0 merge`: an adapter folded into its base, as a full checkpoint."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..checkpoint import ADAPTER_CONFIG, new_folder
+from ..options import PolicyOptions
+
+
+@dataclass(kw_only=True)
+class MergeConfig(PolicyOptions):
+    """What to merge. `--policy.path=` names the adapter checkpoint; its fields can be overridden
+    (`--policy.dtype=float32`)."""
+
+    # Folder to write.
+    out: Path
+
+
+def merge(config: MergeConfig) -> Path:
+    """Writes the checkpoint, processors included, to `config.out` and returns it. The base is needed for the
+    last time.
+
+    Raises:
+        FileExistsError: `out` exists and is not empty.
+        ValueError: no policy, one that is no adapter, or one that does not fit its base.
+        FileNotFoundError: the adapter's base is not there.
+        ImportError: peft is not installed.
+    """
+    # Imported here: transformers takes seconds, and `--help` must not.
+    from lerobot.policies.factory import make_pre_post_processors
+
+    from ..modeling_vla0 import VLA0Policy
+
+    if config.policy is None:
+        raise ValueError("which adapter? --policy.path=<checkpoint folder or Hub repo>")
+    out, path = Path(config.out), str(config.policy.pretrained_path)
+    with new_folder(out) as folder:
+        if not config.policy.use_peft:
+            raise ValueError(f"{path} is no adapter (it has no {ADAPTER_CONFIG}): there is nothing to merge.")
+        policy = VLA0Policy.from_pretrained(
+            path, config=config.policy, revision=config.policy.pretrained_revision
+        )
+        policy.save_pretrained(folder)
+        for processor in make_pre_post_processors(
+            policy.config,
+            pretrained_path=path,
+            pretrained_revision=config.policy.pretrained_revision,
+            preprocessor_overrides={"device_processor": {"device": policy.config.device}},
+        ):
+            processor.save_pretrained(folder)
+    print(f"Wrote {out}")
+    return out

@@ -1,0 +1,1 @@
+"""From a prompt to integers: grammar, drafts, constrained speculative decoding, KV cache."""

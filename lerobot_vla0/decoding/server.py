@@ -1,0 +1,159 @@
+"""The VLM behind an OpenAI-compatible HTTP server (`--policy.server=http://host:port/v1`) that has what
+`lerobot-vla0 export` wrote: vLLM, SGLang, `transformers serve`. Knows pictures and text, no weights."""
+
+import base64
+import logging
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import torch
+from torch import Tensor
+from torchvision.io import encode_png
+
+from ..action_codec import ActionCodec
+from ..configuration_vla0 import VLA0Config
+from ..convert.export import max_tokens
+from ..examples import ExampleMaker
+from .grammar import IntegerGrammar
+
+ATTEMPTS = 3  # of a request that is not answered
+BACKOFF_S = 0.5  # before the second attempt; doubles
+MAX_CONNECTIONS = 32
+API_KEY = "VLA0_SERVER_API_KEY"  # environment variable with the server's key, if it wants one
+BUSY = (408, 409, 429)  # worth another attempt, as are 5xx
+
+
+class Server:
+    """Asks a server for chunks of actions, one request per row, all rows at once.
+
+    Greedy or sampled as `config.temperature` says. The grammar goes along as a regular expression, in the
+    fields of vLLM (`structured_outputs`, from 0.12) and SGLang (`regex`); a server that refuses such fields
+    is asked without them. What comes back is held against the grammar in any case.
+
+    Args:
+        config: with `server`, `server_timeout`, `server_model`.
+        examples: of the same config.
+    """
+
+    def __init__(self, config: VLA0Config, examples: ExampleMaker) -> None:
+        self.config, self.examples, self.url = config, examples, config.server.rstrip("/")
+        chat = examples.chat
+        self.shape = (config.chunk_size, examples.action_dim)
+        count = self.shape[0] * self.shape[1]
+        grammar = IntegerGrammar(count, config.num_bins, chat.digit_ids, chat.space_id, chat.end_id)
+        self.structured = {"structured_outputs": {"regex": grammar.regex}, "regex": grammar.regex}
+        key = os.environ.get(API_KEY)
+        self.client = httpx.Client(
+            headers={"Authorization": f"Bearer {key}"} if key else {},
+            timeout=config.server_timeout,
+            limits=httpx.Limits(max_connections=MAX_CONNECTIONS),
+        )
+        self.model = config.server_model
+
+    def chunks(self, batch: dict[str, Any]) -> Tensor:
+        """Observations of B rows → int64 bins (B, chunk_size, D).
+
+        Raises:
+            ConnectionError: no answer after several attempts, or the server refuses the request.
+            ValueError: an answer is no chunk of actions.
+        """
+        if self.model is None:
+            self.model = self._only_model()
+        pictures = self.examples.pictures(batch, None).cpu()
+        instructions = self.examples.instructions(batch)
+        for instruction in instructions:
+            self.examples.chat.prompt_ids(instruction)  # its errors
+        with ThreadPoolExecutor(min(len(instructions), MAX_CONNECTIONS)) as pool:
+            return torch.stack(list(pool.map(self._chunk, instructions, pictures)))
+
+    def _chunk(self, instruction: str, pictures: Tensor) -> Tensor:
+        """One row: pictures uint8 (N, 3, H, W) → (chunk_size, D)."""
+        system, user = self.examples.chat.messages(instruction)
+        urls = iter(_data_url(picture) for picture in pictures)
+        request = {
+            "model": self.model,
+            "messages": [
+                {"role": "system", "content": system["content"][0]["text"]},
+                {
+                    "role": "user",
+                    "content": [
+                        {"type": "image_url", "image_url": {"url": next(urls)}}
+                        if part["type"] == "image"
+                        else part
+                        for part in user["content"]
+                    ],
+                },
+            ],
+            "temperature": self.config.temperature,
+            "max_tokens": max_tokens(self.config),
+        }
+        structured = self.structured
+        response = self._send("POST", "/chat/completions", {**request, **structured})
+        if structured and response.status_code in (400, 422):
+            response = self._send("POST", "/chat/completions", request)
+            if response.is_success and self.structured:
+                self.structured = {}
+                logging.warning(
+                    f"{self.url} takes no structured output: what it writes is checked, but not constrained."
+                )
+        answer = self._json(response)
+        try:
+            text = answer["choices"][0]["message"]["content"]
+            return ActionCodec(self.config.num_bins).from_text(text, self.shape)
+        except (KeyError, IndexError, TypeError, AttributeError) as error:
+            raise ValueError(f"server={self.url}: no chat completion, but {str(answer)[:200]!r}.") from error
+        except ValueError as error:
+            raise ValueError(
+                f"server={self.url}: the model {self.model!r} wrote no actions: {error}. Does it serve the "
+                "export of this checkpoint (lerobot-vla0 export)?"
+            ) from error
+
+    def _only_model(self) -> str:
+        answer = self._json(self._send("GET", "/models"))
+        models = answer.get("data") if isinstance(answer, dict) else None
+        names = [m["id"] for m in models or [] if isinstance(m, dict) and "id" in m]
+        if len(names) != 1:
+            raise ValueError(
+                f"server={self.url} names the models {names}, not one. Choose: --policy.server_model=<name>"
+            )
+        return names[0]
+
+    def _send(self, method: str, path: str, request: dict[str, Any] | None = None) -> httpx.Response:
+        """Repeats what is not answered; a refusal is an answer."""
+        for attempt in range(ATTEMPTS):
+            if attempt:
+                time.sleep(BACKOFF_S * 2 ** (attempt - 1))
+            try:
+                response = self.client.request(method, self.url + path, json=request)
+            except httpx.TransportError as error:  # refused, timed out, broken off
+                problem = f"{type(error).__name__}: {error}"
+                continue
+            if response.status_code not in BUSY and response.status_code < 500:
+                return response
+            problem = f"status {response.status_code}: {response.text[:200]}"
+        raise ConnectionError(
+            f"server={self.url}{path} gave no answer in {ATTEMPTS} attempts of at most "
+            f"{self.config.server_timeout:g} s ({problem}). Is it running, and is the URL right (it usually "
+            "ends in /v1)? For a slow server raise --policy.server_timeout."
+        )
+
+    def _json(self, response: httpx.Response) -> Any:
+        if not response.is_success:
+            raise ConnectionError(
+                f"server={self.url} refused the request with status {response.status_code}: "
+                f"{response.text[:300]}"
+                + (f" (its key: environment variable {API_KEY})" if response.status_code == 401 else "")
+            )
+        try:
+            return response.json()
+        except ValueError as error:
+            raise ValueError(f"server={self.url} answered no JSON: {response.text[:200]!r}.") from error
+
+
+def _data_url(picture: Tensor) -> str:
+    """uint8 (3, H, W) → PNG, which loses nothing."""
+    png = encode_png(picture.contiguous()).numpy().tobytes()
+    return "data:image/png;base64," + base64.b64encode(png).decode()

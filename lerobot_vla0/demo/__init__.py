@@ -1,0 +1,1 @@
+"""A policy from nothing on a CPU: scripted expert, recorder, small random VLM, loss curve."""

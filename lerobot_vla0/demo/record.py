@@ -1,0 +1,188 @@
+"""`lerobot-vla0 record`: the scripted expert plays LIBERO tasks into a LeRobotDataset like
+`lerobot/libero`."""
+
+import json
+import multiprocessing
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from ..libero.assets import asset_name, prepare_libero
+from ..libero.config import MAX_STEPS, NUM_INIT_STATES, check_task_ids
+
+# The control frequency is 20 Hz, but `lerobot/libero` says 10; what trains on one must train on the other.
+FPS = 10
+IMAGE_KEYS = ("observation.images.image", "observation.images.image2")
+STATE_NAMES = ["x", "y", "z", "axis_angle_x", "axis_angle_y", "axis_angle_z", "finger_left", "finger_right"]
+ACTION_NAMES = ["dx", "dy", "dz", "drx", "dry", "drz", "gripper"]
+# An action below this in all six deltas, with the gripper unchanged, is a no-op (OpenVLA's filter of LIBERO's
+# data).
+NO_OP = 1e-4
+# Written beside the data set's own files: settings, and task and initial state of each episode.
+RECORD_FILE = "recording.json"
+
+
+@dataclass
+class RecordConfig:
+    """What to record."""
+
+    # Folder of the new data set.
+    out: Path
+    # LIBERO suite; the expert solves libero_object.
+    suite: str = "libero_object"
+    # Task ids of the suite.
+    tasks: list[int] = field(default_factory=lambda: [0])
+    # Episodes tried per task. Only successful ones are kept.
+    episodes: int = 5
+    # Number of LIBERO's 50 stored initial states in use: episode i starts from state i modulo this. The
+    # others are held out, for evaluation on states that the policy has never seen.
+    init_states: int = 50
+    # Standard deviation of the noise on the executed deltas (actions are in [-1, 1]). What is recorded is the
+    # expert's own action at each place where the noise has brought it, so that a policy learns to come back.
+    noise: float = 0.0
+    # Side of the camera images in pixels.
+    image_size: int = 256
+    # Store the images as video (AV1), as `lerobot/libero` does. Otherwise as PNG inside the parquet files.
+    video: bool = False
+    # LIBERO's assets: auto, real, primitive, or a folder.
+    assets: str = "auto"
+    # Processes that play episodes; 1 plays in this one.
+    workers: int = 1
+    # Seed of the noise.
+    seed: int = 7
+
+
+def features(image_size: int, video: bool) -> dict[str, dict[str, Any]]:
+    """LeRobotDataset features with the keys and shapes of `lerobot/libero`."""
+    image = {
+        "dtype": "video" if video else "image",
+        "shape": (image_size, image_size, 3),
+        "names": ["height", "width", "channel"],
+    }
+    return {
+        **dict.fromkeys(IMAGE_KEYS, image),
+        "observation.state": {"dtype": "float32", "shape": (8,), "names": STATE_NAMES},
+        "action": {"dtype": "float32", "shape": (7,), "names": ACTION_NAMES},
+    }
+
+
+def record(config: RecordConfig) -> Path:
+    """Records the data set and returns its folder.
+
+    Raises:
+        FileExistsError: `out` exists.
+        ValueError: nothing to record, or a setting out of range.
+        RuntimeError: the expert solved no episode at all.
+    """
+    if Path(config.out).exists():
+        raise FileExistsError(f"out={str(config.out)!r} exists. Choose another folder or remove it.")
+    if config.episodes < 1 or not config.tasks:
+        raise ValueError(f"nothing to record: episodes={config.episodes}, tasks={config.tasks}.")
+    if not 1 <= config.init_states <= NUM_INIT_STATES:
+        raise ValueError(f"init_states={config.init_states} must be in 1..{NUM_INIT_STATES}.")
+    if config.noise < 0 or config.workers < 1:
+        raise ValueError(f"noise={config.noise} must be at least 0, and workers={config.workers} at least 1.")
+    check_task_ids(config.suite, config.tasks)
+    # Found, or downloaded, once: the workers get the folder.
+    assets = prepare_libero(config.suite, config.assets)
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    dataset = LeRobotDataset.create(
+        repo_id=f"local/{Path(config.out).name}",
+        root=config.out,
+        fps=FPS,
+        features=features(config.image_size, config.video),
+        robot_type="panda",
+        use_videos=config.video,
+    )
+    jobs = [(task, episode) for task in config.tasks for episode in range(config.episodes)]
+    kept, tried = [], 0
+    progress = tqdm(total=len(jobs), desc="Recording", unit="episode")
+    try:
+        for (task, episode), frames in zip(
+            jobs, _play_all(replace(config, assets=str(assets)), jobs), strict=True
+        ):
+            tried += 1
+            if frames:
+                for frame in frames:
+                    dataset.add_frame(frame)
+                dataset.save_episode()
+                kept.append({"task_id": task, "init_state": episode % config.init_states})
+            progress.update()
+            progress.set_postfix(task=task, success=f"{len(kept)}/{tried}")
+    finally:
+        progress.close()
+        dataset.finalize()
+    if not kept:
+        raise RuntimeError(f"the expert solved none of {tried} episodes of {config.suite} {config.tasks}.")
+    settings = {key: str(value) if key == "out" else value for key, value in asdict(config).items()}
+    info = {"settings": settings, "asset_folder": asset_name(assets), "tried": tried, "episodes": kept}
+    (Path(config.out) / RECORD_FILE).write_text(json.dumps(info, indent=2))
+    print(f"The expert solved {len(kept)} of {tried} episodes ({100 * len(kept) / tried:.0f} %).")
+    print(f"Wrote {dataset.num_episodes} episodes, {dataset.num_frames} frames to {config.out}")
+    return Path(config.out)
+
+
+def _play_all(config: RecordConfig, jobs: list[tuple[int, int]]) -> Iterator[list[dict[str, Any]]]:
+    """Frames of each job, in order."""
+    if config.workers == 1:
+        for task, episode in jobs:
+            yield play_episode(config, task, episode)
+        return
+    # spawn: a process with a GL context or threads must not be forked
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(config.workers, len(jobs)), mp_context=context) as pool:
+        # A few episodes ahead of the writer, not all of them: one takes about 50 MB at 256×256.
+        ahead = 2 * config.workers
+        pending = [pool.submit(play_episode, config, *job) for job in jobs[:ahead]]
+        for i in range(len(jobs)):
+            if i + ahead < len(jobs):
+                pending.append(pool.submit(play_episode, config, *jobs[i + ahead]))
+            yield pending.pop(0).result()
+
+
+# One environment per process, kept from episode to episode (making one takes seconds) and closed when the
+# task changes (one of LIBERO's larger scenes holds more than a gigabyte).
+_open: dict[tuple[Any, ...], Any] = {}
+
+
+def _environment(*key: Any) -> Any:
+    from ..libero.env import LiberoEnv
+
+    if key not in _open:
+        for env in _open.values():
+            env.close()
+        _open.clear()
+        suite, task, image_size, assets = key
+        _open[key] = LiberoEnv(suite, task, image_size=image_size, assets=assets)
+    return _open[key]
+
+
+def play_episode(config: RecordConfig, task: int, episode: int) -> list[dict[str, Any]]:
+    """Frames of one episode of the expert, without no-ops; none if it did not succeed."""
+    from .expert import PickAndPlaceExpert
+
+    env = _environment(config.suite, task, config.image_size, config.assets)
+    observation, info = env.reset(options={"init_state": episode % config.init_states})
+    expert = PickAndPlaceExpert(env.simulator)
+    noise = np.random.default_rng([config.seed, task, episode])
+    frames, gripper = [], None
+    for _ in range(MAX_STEPS[config.suite]):
+        action = expert.act()
+        if np.abs(action[:6]).max() >= NO_OP or action[6] != gripper:
+            pixels = observation["pixels"]
+            frame = {key: pixels[key.split(".")[-1]] for key in IMAGE_KEYS}
+            frame |= {"observation.state": observation["agent_pos"], "action": action, "task": info["task"]}
+            frames.append(frame)
+        gripper = action[6]
+        executed = action.copy()
+        executed[:6] += config.noise * noise.standard_normal(6)
+        observation, _, terminated, _, info = env.step(np.clip(executed, -1, 1))
+        if terminated:
+            return frames if info["is_success"] else []
+    return []

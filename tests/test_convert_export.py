@@ -1,0 +1,135 @@
+import json
+import re
+
+import pytest
+import torch
+from conftest import make_config, make_stats, observation, randomise
+from safetensors.torch import load_file
+from tiny_families import PICTURES, make_tiny
+from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
+
+from lerobot_vla0.cli import main
+from lerobot_vla0.convert import export as export_module
+from lerobot_vla0.convert.export import ACTION_SPEC
+from lerobot_vla0.modeling_vla0 import VLA0Policy
+from lerobot_vla0.processor_vla0 import make_vla0_pre_post_processors
+
+
+def run_export(folder, out):
+    main(["export", f"--policy.path={folder}", f"--out={out}"])
+    return out
+
+
+@pytest.fixture(scope="module")
+def exported(learnt, tmp_path_factory):
+    return run_export(learnt[0], tmp_path_factory.mktemp("export") / "plain")
+
+
+def ask(out, pictures, instruction):
+    """As any user of Transformers would: the chat of the spec, the processor's defaults, `generate`."""
+    model, processor = AutoModelForImageTextToText.from_pretrained(out), AutoProcessor.from_pretrained(out)
+    spec = json.loads((out / ACTION_SPEC).read_text())
+    messages = spec["messages"]
+    messages[1]["content"][-1]["text"] = instruction
+    images = iter(pictures)
+    for part in messages[1]["content"]:
+        if part["type"] == "image":
+            part["image"] = next(images)
+    inputs = processor.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    tokens = model.generate(**inputs, max_new_tokens=spec["max_tokens"])
+    new = tokens[0, inputs["input_ids"].shape[1] :]
+    return inputs, processor.decode(new, skip_special_tokens=True), spec
+
+
+def test_transformers_alone_writes_the_same_actions(learnt, exported):
+    folder, batch = learnt
+    policy = VLA0Policy.from_pretrained(folder)
+    expected = policy.predict_action_chunk(observation(batch))
+    ours = policy.examples.acting_inputs(observation(batch, slice(1)))
+    inputs, text, spec = ask(
+        exported, policy.examples.pictures(observation(batch, slice(1)), None)[0], batch["task"][0]
+    )
+    assert torch.equal(inputs["input_ids"], ours["input_ids"])
+    assert torch.equal(inputs["pixel_values"], ours["pixel_values"])
+    assert [int(v) for v in text.split()] == expected[0].flatten().tolist()
+    assert re.fullmatch(spec["regex"], text) and not re.fullmatch(spec["regex"], text + " 1")
+
+
+def test_spec_holds_all_that_a_client_and_an_import_need(learnt, exported):
+    folder, _ = learnt
+    spec = json.loads((exported / ACTION_SPEC).read_text())
+    assert (spec["chunk_size"], spec["action_dim"], spec["num_bins"]) == (2, 7, 1000)
+    assert spec["statistics"]["action"]["min"] == [-2.0] * 7 and spec["normalization"] == "MIN_MAX"
+    assert spec["cameras"] == ["observation.images.image", "observation.images.image2"]
+    assert spec["pictures"]["height"] == 56 and spec["pictures"]["width"] == 112
+    files = spec["checkpoint"]["files"]
+    assert files["config.json"] == json.loads((folder / "config.json").read_text())
+    assert {"policy_preprocessor.json", "policy_postprocessor.json", "vlm/config.json"} <= set(files)
+    for file in folder.glob("policy_*.safetensors"):
+        for key, value in load_file(file).items():
+            saved = spec["checkpoint"]["state"][file.name][key]
+            assert torch.equal(torch.tensor(saved["values"], dtype=getattr(torch, saved["dtype"])), value)
+
+
+def test_generation_is_neutral_and_weights_are_plain(learnt, exported):
+    generation = GenerationConfig.from_pretrained(exported)
+    assert not generation.do_sample and generation.repetition_penalty in (None, 1.0)
+    policy = VLA0Policy.from_pretrained(learnt[0])
+    assert generation.eos_token_id == policy.chat.end_id
+    stored = load_file(exported / "model.safetensors")
+    assert set(stored) == set(dict(policy.model.named_parameters())) - {"lm_head.weight"}
+    assert (exported / "preprocessor_config.json").is_file() and (exported / "chat_template.jinja").is_file()
+
+
+def test_shards(learnt, tmp_path, monkeypatch):
+    monkeypatch.setattr(export_module, "SHARD_BYTES", 400_000)
+    out = run_export(learnt[0], tmp_path / "sharded")
+    assert len(list(out.glob("model-*.safetensors"))) > 2 and not (out / "model.safetensors").exists()
+    plain = VLA0Policy.from_pretrained(learnt[0]).model.state_dict()
+    loaded = AutoModelForImageTextToText.from_pretrained(out).state_dict()
+    assert all(torch.equal(loaded[key], value) for key, value in plain.items())
+
+
+@pytest.mark.parametrize("family", ["smolvlm", "internvl", "gemma3", "qwen3_vl"])
+def test_other_families_show_the_same_prompt_and_pixels(family, tmp_path):
+    settings = {**PICTURES[family], "chunk_size": 2, "n_action_steps": 2, "crop_ratio": 1.0}
+    policy = VLA0Policy(make_config(make_tiny(family, tmp_path / "vlm"), 96, **settings)).eval()
+    randomise(policy)
+    folder = tmp_path / "checkpoint"
+    for part in (policy, *make_vla0_pre_post_processors(policy.config, make_stats())):
+        part.save_pretrained(folder)
+    from conftest import make_batch
+
+    batch = observation(make_batch(1, 96, chunk_size=2))
+    pictures = policy.examples.pictures(batch, None)[0]
+    inputs, _, _ = ask(run_export(folder, tmp_path / "out"), pictures, batch["task"][0])
+    ours = policy.examples.acting_inputs(batch)
+    assert torch.equal(inputs["input_ids"], ours["input_ids"])
+    assert torch.allclose(inputs["pixel_values"], ours["pixel_values"], rtol=0, atol=1e-6)
+
+
+def test_interrupted_export_leaves_nothing(learnt, tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(export_module, "_copy_weights", full)
+    with pytest.raises(OSError, match="No space left"):
+        run_export(learnt[0], tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_user_errors(learnt, tmp_path):
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").touch()
+    with pytest.raises(SystemExit, match="export: out=.*exists and is not empty"):
+        run_export(learnt[0], tmp_path / "taken")
+    with pytest.raises(SystemExit, match="which checkpoint"):
+        main(["export", f"--out={tmp_path / 'out'}"])
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "config.json").write_bytes((learnt[0] / "config.json").read_bytes())
+    (adapter / "adapter_config.json").write_text("{}")
+    with pytest.raises(SystemExit, match="is an adapter: fold it into its base first"):
+        run_export(adapter, tmp_path / "out")

@@ -1,0 +1,216 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lerobot_vla0.decoding.drafting import Drafter
+from lerobot_vla0.decoding.engine import decode, decode_stream
+from lerobot_vla0.decoding.grammar import IntegerGrammar
+
+DIGITS, SPACE, END = list(range(15, 25)), 220, 300
+
+
+class MockModel:
+    """Logits that are a fixed random function of a row's tokens so far. Keeps the context as a KV cache
+    would."""
+
+    def __init__(self, rows: int, seed: int = 0) -> None:
+        self.seed, self.calls = seed, 0
+        self.held: list[tuple[int, ...]] = [() for _ in range(rows)]
+        self.fed: list[list[int]] = [[] for _ in range(rows)]
+
+    def logits(self, row: int, tokens: tuple[int, ...]) -> np.ndarray:
+        seed = hash((self.seed, row, tokens)) % 2**32
+        return np.random.default_rng(seed).standard_normal(12).astype(np.float32)
+
+    def start(self, drafts: list[list[int]]) -> np.ndarray:
+        return self._feed(drafts, first=True)
+
+    def extend(self, kept: list[int], tokens: list[list[int]]) -> np.ndarray:
+        for row, count in enumerate(kept):
+            assert 0 <= count <= len(self.fed[row])
+            self.held[row] += tuple(self.fed[row][:count])
+        return self._feed(tokens, first=False)
+
+    def _feed(self, tokens: list[list[int]], first: bool) -> np.ndarray:
+        self.calls, self.fed = self.calls + 1, tokens
+        out = np.zeros((len(tokens), max(map(len, tokens)) + first, 12), dtype=np.float32)
+        for row, new in enumerate(tokens):
+            for place in range(len(new) + first):
+                seen = new[: place + (not first)]
+                out[row, place] = self.logits(row, self.held[row] + tuple(seen))
+        return out
+
+
+class Teacher(MockModel):
+    """Says what it was given, whatever the draft."""
+
+    def __init__(self, texts: list[list[int]]) -> None:
+        super().__init__(len(texts))
+        self.texts = texts
+
+    def logits(self, row: int, tokens: tuple[int, ...]) -> np.ndarray:
+        ids = [*DIGITS, SPACE, END]
+        place = min(len(tokens), len(self.texts[row]) - 1)
+        return np.eye(12, dtype=np.float32)[ids.index(self.texts[row][place])]
+
+
+def make_grammar(count: int = 6, maximum: int = 1000) -> IntegerGrammar:
+    return IntegerGrammar(count, maximum, DIGITS, SPACE, END)
+
+
+def plain_greedy(model: MockModel, row: int, grammar: IntegerGrammar) -> list[int]:
+    """The definition, one token at a time, on text: argmax over what may follow."""
+    tokens: list[int] = []
+    while not tokens or tokens[-1] != END:
+        text = "".join({SPACE: " "}.get(t, str(t - 15)) for t in tokens)
+        number = text.split(" ")[-1]
+        last = text.count(" ") == grammar.count - 1
+        allowed = [15 + d for d in range(10) if number != "0" and int(number + str(d)) <= grammar.maximum]
+        allowed += [END if last else SPACE] if number else []
+        logits = dict(zip(grammar.token_ids, model.logits(row, tuple(tokens)).tolist(), strict=True))
+        tokens.append(max(sorted(allowed), key=lambda t: logits[t]))
+    return tokens
+
+
+def tokens_of(grammar: IntegerGrammar, symbols: list[int]) -> list[int]:
+    return [grammar.token_ids[s] for s in symbols]
+
+
+def test_equals_plain_constrained_greedy():
+    grammar = make_grammar()
+    for seed in range(5):
+        model = MockModel(3, seed)
+        result = decode(model, grammar, 3)
+        assert result.passes == model.calls == max(len(row.symbols) for row in result.rows)
+        for index, row in enumerate(result.rows):
+            expected = plain_greedy(MockModel(3, seed), index, grammar)
+            assert tokens_of(grammar, row.symbols) == expected
+            text = "".join(" " if t == SPACE else str(t - 15) for t in expected[:-1])
+            assert row.text.integers == [int(v) for v in text.split(" ")]
+
+
+class AnyDrafter(Drafter):
+    """Drafts given integers, mostly wrong."""
+
+    def __init__(self, grammar, length, numbers) -> None:
+        super().__init__(grammar, 1, length)
+        self.numbers = numbers
+
+    def _guess(self, integers):
+        return self.numbers[len(integers) % len(self.numbers)], 1.0
+
+
+@settings(deadline=None, max_examples=80)
+@given(
+    seed=st.integers(0, 2**31),
+    count=st.integers(1, 7),
+    maximum=st.sampled_from([1, 9, 10, 100, 1000, 4095]),
+    rows=st.integers(1, 4),
+    needed=st.integers(1, 7),
+    length=st.integers(0, 20),
+    numbers=st.lists(st.integers(0, 5000), min_size=1, max_size=5),
+    dim=st.integers(1, 3),
+    adversarial=st.booleans(),
+)
+def test_drafts_never_change_the_tokens(
+    seed, count, maximum, rows, needed, length, numbers, dim, adversarial
+):
+    """Whatever is drafted, however the rows' drafts differ, wherever decoding stops early."""
+    grammar, needed = make_grammar(count, maximum), min(needed, count)
+    drafters = [
+        AnyDrafter(grammar, length, numbers[i % len(numbers) :] + numbers)
+        if adversarial
+        else Drafter(grammar, dim, length, worth=0.2 * (i % 2))
+        for i in range(rows)
+    ]
+    plain_model, model = MockModel(rows, seed), MockModel(rows, seed)
+    plain = decode(plain_model, grammar, rows, count=needed)
+    drafted = decode(model, grammar, rows, count=needed, drafters=drafters)
+    assert drafted.passes == model.calls <= plain.passes == plain_model.calls
+    for one, other in zip(plain.rows, drafted.rows, strict=True):
+        shorter = min(len(one.symbols), len(other.symbols))
+        assert one.symbols[:shorter] == other.symbols[:shorter]
+        assert one.text.integers[:needed] == other.text.integers[:needed]
+
+
+def spell(*integers: int) -> list[int]:
+    text = " ".join(map(str, integers))
+    return [SPACE if c == " " else DIGITS[int(c)] for c in text] + [END]
+
+
+def test_forced_tokens_cost_no_pass():
+    """Three digits force the separator; the last one forces the end, which needs no pass at all."""
+    grammar, text = make_grammar(2), [spell(123, 456)]
+    assert decode(Teacher(text), grammar, 1).passes == 8
+    assert decode(Teacher(text), grammar, 1, drafters=[Drafter(grammar, 1, 0)]).passes == 6
+
+
+def test_a_right_draft_takes_one_pass():
+    """The last answer again: everything rides in the prompt's pass."""
+    grammar, integers = make_grammar(6), [474, 479, 460, 471, 479, 460]
+    drafter = Drafter(grammar, 3, 31)
+    drafter.remember(integers, executed=0)
+    model = Teacher([spell(*integers)])
+    assert decode(model, grammar, 1, drafters=[drafter]).passes == model.calls == 1
+
+
+def test_rows_of_different_luck():
+    """One row's draft is all right, the other's all wrong: both end with their own text."""
+    grammar, integers = make_grammar(4), [474, 479, 460, 471]
+    drafters = [Drafter(grammar, 4, 31) for _ in range(2)]
+    for drafter in drafters:
+        drafter.remember(integers, executed=0)
+    texts = [spell(*integers), spell(1, 22, 333, 1000)]
+    result = decode(Teacher(texts), grammar, 2, drafters=drafters)
+    assert [tokens_of(grammar, row.symbols) for row in result.rows] == texts
+
+
+def test_stops_early():
+    grammar = make_grammar()
+    full, some = decode(MockModel(2), grammar, 2), decode(MockModel(2), grammar, 2, count=2)
+    assert [row[:2] for row in some.integers] == [row[:2] for row in full.integers]
+    assert some.passes < full.passes
+
+
+def test_streaming_grows_to_the_same_text():
+    grammar = make_grammar()
+    drafters = [Drafter(grammar, 2, 8)]
+    seen = [len(d.integers[0]) for d in decode_stream(MockModel(1), grammar, 1, drafters=drafters)]
+    assert seen == sorted(seen) and seen[0] < seen[-1] == grammar.count
+
+
+def test_ties_take_the_lowest_token_id():
+    model = MockModel(1)
+    model.logits = lambda row, tokens: np.zeros(12, dtype=np.float32)
+    assert decode(model, make_grammar(2, 9), 1).integers == [[0, 0]]
+
+
+@pytest.mark.parametrize("draft", [None, [3], [5, 5]])
+def test_temperature_samples_from_the_restricted_softmax(draft):
+    """With and without drafts: a draft must not make what it proposes any likelier."""
+    grammar, rows = make_grammar(1, 5), 4000
+    model = MockModel(rows)
+    model.logits = lambda row, tokens: np.linspace(0, 2, 12, dtype=np.float32)
+    drafters = None if draft is None else [AnyDrafter(grammar, 4, draft) for _ in range(rows)]
+    generator = torch.Generator().manual_seed(0)
+    result = decode(model, grammar, rows, temperature=0.7, generator=generator, drafters=drafters)
+    counts = np.bincount([row[0] for row in result.integers], minlength=6)
+    weights = np.exp(np.linspace(0, 2, 12)[:6] / 0.7)
+    expected = weights / weights.sum() * rows
+    # chi-square, 5 degrees of freedom: 20.5 is exceeded with probability 0.001
+    assert ((counts - expected) ** 2 / expected).sum() < 20.5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"temperature": -0.1}, "temperature must be at least 0"),
+        ({"count": 0}, "count must be"),
+        ({"count": 7}, "1..6"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        decode(MockModel(1), make_grammar(), 1, **arguments)

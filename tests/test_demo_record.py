@@ -1,0 +1,58 @@
+import numpy as np
+import pytest
+
+from lerobot_vla0.demo.record import RecordConfig, features, record
+
+pytestmark = pytest.mark.slow
+
+
+def load(folder):
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    return LeRobotDataset(f"local/{folder.name}", root=folder)
+
+
+def test_data_set_has_the_keys_shapes_and_rate_of_lerobot_libero(libero_dataset):
+    dataset = load(libero_dataset)
+    assert dataset.fps == 10 and dataset.num_episodes == 2 and dataset.meta.robot_type == "panda"
+    for key, feature in features(256, video=False).items():
+        assert tuple(dataset.features[key]["shape"]) == feature["shape"]
+    frame = dataset[0]
+    assert frame["observation.images.image"].shape == (3, 256, 256)
+    assert frame["observation.state"].shape == (8,) and frame["action"].shape == (7,)
+    assert frame["task"] == "pick up the milk and place it in the basket"
+    actions = np.stack([dataset[i]["action"] for i in range(len(dataset))])
+    assert np.abs(actions).max() <= 1 and set(np.unique(actions[:, 6])) == {-1.0, 1.0}
+    assert dataset.meta.stats["action"]["min"].shape == (7,)
+
+
+def test_images_are_upright(libero_dataset):
+    """LIBERO's cameras are upside down; `lerobot/libero` is turned by 180°, so the robot's base is at the top
+    and the wide floor in front of it is at the bottom; the gripper's fingers enter the wrist image from
+    below."""
+    frame = load(libero_dataset)[0]
+    image, wrist = frame["observation.images.image"].numpy(), frame["observation.images.image2"].numpy()
+    bright = image.mean(0) > 0.7  # the white arm
+    rows = np.flatnonzero(bright.any(1))
+    assert np.median(np.repeat(np.arange(256), bright.sum(1))) < 100 and rows.min() < 20
+    # the black hand covers the lower edge of the wrist camera's picture
+    assert wrist[:, -20:].mean() < wrist[:, :20].mean()
+
+
+def test_no_ops_are_left_out(libero_dataset):
+    dataset = load(libero_dataset)
+    actions = np.stack([dataset[i]["action"] for i in range(len(dataset))])
+    still = np.abs(actions[1:, :6]).max(1) < 1e-4
+    assert not (still & (actions[1:, 6] == actions[:-1, 6])).any()
+
+
+def test_never_overwrites(libero_dataset):
+    with pytest.raises(FileExistsError, match="exists. Choose another folder"):
+        record(RecordConfig(out=libero_dataset))
+
+
+@pytest.mark.parametrize("overrides", [{"episodes": 0}, {"tasks": []}])
+def test_nothing_to_record(tmp_path, overrides):
+    with pytest.raises(ValueError, match="nothing to record"):
+        record(RecordConfig(out=tmp_path / "data", **overrides))
+    assert not (tmp_path / "data").exists()
