@@ -9,9 +9,9 @@ import torch
 from lerobot.utils.constants import ACTION, OBS_STATE
 from torch import Tensor
 
-from . import backbone
 from .action_codec import ActionCodec
 from .configuration_vla0 import VLA0Config
+from .families import family
 from .images import prepare_images
 from .prompt import ChatFormatter
 
@@ -33,7 +33,7 @@ class ExampleMaker:
 
     def __init__(self, config: VLA0Config, vlm_processor: Any) -> None:
         self.config, self.vlm_processor = config, vlm_processor
-        self.rule = backbone.picture_rule(vlm_processor)
+        self.rule = family(vlm_processor).picture_rule(vlm_processor)
         multiple, fixed = self.rule.multiple, self.rule.fixed
         if fixed and config.image_size != fixed:
             raise ValueError(
@@ -151,4 +151,6 @@ class ExampleMaker:
 
     def _inputs(self, pictures: Tensor, tokens: dict[str, Tensor]) -> dict[str, Tensor]:
         inputs = {key: tokens[key].to(pictures.device) for key in ("input_ids", "attention_mask")}
-        return inputs | backbone.vision_inputs(self.vlm_processor, pictures, inputs["input_ids"])
+        return inputs | family(self.vlm_processor).vision_inputs(
+            self.vlm_processor, pictures, inputs["input_ids"]
+        )

@@ -123,7 +123,7 @@ class VLA0Policy(PreTrainedPolicy):
         if config.compile_model:
             # The language model alone: the vision encoder reads sizes on the CPU, which breaks the graph.
             backbone.language_model(self.model).compile(dynamic=True)
-        if not backbone.has_prompt_cache(self.model):
+        if not backbone.has_decoding_session(self.model):
             logging.warning(
                 f"{self.model.config.model_type}: acting decodes row by row on Transformers' own cache, the "
                 "same actions in more time than with the other VLMs (see --help of vlm)."
@@ -374,7 +374,7 @@ class VLA0Policy(PreTrainedPolicy):
 
     def prompt_cache(self, inputs: dict[str, Tensor]) -> decoding.Model:
         """The VLM behind prompts, for decoding. With compile_model one at a time: they share buffers."""
-        if not backbone.has_prompt_cache(self.model):
+        if not backbone.has_decoding_session(self.model):
             return RowByRow(self.model, inputs, self.grammar.token_ids)
         compiled = self.config.compile_model
         prefix = self._prompt_prefix(inputs)

@@ -56,10 +56,10 @@ class ChatFormatter:
         self.digit_ids, self.space_id, self.mask_id = number_tokens(self.tokenizer)
         self.pad_id = self.tokenizer.pad_token_id
         # Imported here: it brings transformers, which takes seconds, and `tiny-vlm --help` needs a prompt.
-        from . import backbone
+        from .families import family
 
         # What the template writes for a picture, and what stands there for the model.
-        self.picture_mark, self.picture_text = backbone.picture_text(processor, *picture_size)
+        self.picture_mark, self.picture_text = family(processor).picture_text(processor, *picture_size)
         self._prompts: dict[str, list[int]] = {}
         # What the template writes before and after the assistant's words: "" and "<|im_end|>\n" for Qwen,
         # " " and "<end_of_utterance>\n" for SmolVLM2.

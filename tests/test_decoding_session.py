@@ -24,7 +24,7 @@ def prompts(processor, texts: list[str], seed: int = 0) -> dict[str, torch.Tenso
         return_tensors="pt",
     )
     inputs = {key: tokens[key] for key in ("input_ids", "attention_mask")}
-    return inputs | backbone.vision_inputs(processor, pictures, inputs["input_ids"])
+    return inputs | backbone.family(processor).vision_inputs(processor, pictures, inputs["input_ids"])
 
 
 @pytest.mark.parametrize(
