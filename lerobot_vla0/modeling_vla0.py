@@ -232,9 +232,14 @@ class VLA0Policy(PreTrainedPolicy):
         self, *args: Any, cfg: Any = None, dataset_meta: Any = None, **kwargs: Any
     ) -> ModelCard:
         """README.md of a push, see convert/card.py. Called by LeRobot 0.6.1 only."""
-        from .convert.card import card_of_push  # nothing but a push needs it
+        from .convert.card import make_card, training_of  # nothing but a push needs it
 
-        return card_of_push(self.config, cfg, dataset_meta)
+        action_range, dataset = None, None
+        if dataset_meta is not None:
+            names = STATISTICS[self.config.normalization_mapping["ACTION"]]
+            action_range = {name: dataset_meta.stats[ACTION][name] for name in names}
+            dataset = {"episodes": dataset_meta.total_episodes, "frames": dataset_meta.total_frames}
+        return make_card(self.config, training_of(cfg), action_range, dataset=dataset)
 
     @classmethod
     def from_pretrained(
@@ -247,8 +252,8 @@ class VLA0Policy(PreTrainedPolicy):
         **kwargs: Any,
     ) -> Self:
         """Loads a checkpoint folder or Hub repo; needs neither the base VLM nor, for a folder, the network.
-        An adapter is merged into its base. A bare VLM gives a fresh policy (LeRobot asks for one when it loads
-        an adapter that was trained on a VLM).
+        An adapter is merged into its base. A bare VLM gives a fresh policy: LeRobot asks for one when it loads
+        an adapter that was trained on a VLM.
 
         Args:
             config: overrides the checkpoint's own.

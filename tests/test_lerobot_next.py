@@ -1,5 +1,5 @@
-"""LeRobot's next version (0.6.2, unreleased): the policy on a stand-in of its base class, with the contract that
-its main branch has."""
+"""LeRobot's next version (0.6.2, unreleased): the policy on a stand-in of its base class, with the contract
+that its main branch has."""
 
 from typing import ClassVar
 

@@ -72,8 +72,8 @@ class ChunkDecoder:
     def release(self) -> None:
         """Drops what was computed from the weights, to free memory or because they change.
 
-        Called by the policy when it starts training, moves to another device or loads weights. Whoever changes
-        weights in place in evaluation mode has to call it.
+        Called by the policy when it starts training, moves to another device or loads weights. Whoever
+        changes weights in place in evaluation mode has to call it.
         """
         self._prefix: list[tuple[Tensor, Tensor]] | None = None
         self._prepacked: Prepacked | None = None
