@@ -5,14 +5,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 from unittest.mock import patch
 
 import draccus
 from draccus.utils import DecodingError, ParsingError
 from lerobot.configs import PreTrainedConfig, parser
-
-Config = TypeVar("Config")
 
 
 @dataclass(kw_only=True)
@@ -54,7 +51,7 @@ def load_policy_config(path: str | Path, overrides: Sequence[str] = ()) -> PreTr
     return config
 
 
-def parse_options(config_class: type[Config], prog: str, args: list[str]) -> Config:
+def parse_options[Config](config_class: type[Config], prog: str, args: list[str]) -> Config:
     """`draccus.parse`; a config with a policy may read `--policy.path=` from `sys.argv` meanwhile.
 
     LeRobot's own wrapper around draccus shows a traceback where a config refuses a value.

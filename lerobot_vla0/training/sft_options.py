@@ -7,9 +7,9 @@
 In the YAML file, `policy:`, `dataset:` and `eval:` are mappings and everything else stands at the top. The
 command line overrides the file, the file overrides the defaults.
 
-TRL's parser, an argparse parser, takes all of them. It cannot build LeRobot's nested configs, so the options of
-a section are collected as text, and draccus, LeRobot's parser, makes the config of them. (draccus alone would
-not do: it knows neither SFTConfig's types nor switches without a value, such as --use_cpu.)
+TRL's parser, an argparse parser, takes all of them. It cannot make LeRobot's nested configs, so it collects the
+options of a section as text, and draccus, LeRobot's parser, makes the config of them. (draccus alone would not
+do: it knows neither the types of SFTConfig's fields nor switches without a value, such as --use_cpu.)
 """
 
 import argparse
@@ -36,43 +36,43 @@ from ..options import load_policy_config, parse_options
 PROG = "lerobot-vla0 sft"
 SECTIONS = {"policy": VLA0Config, "dataset": DatasetConfig, "eval": EvalConfig}
 
+# Fields of the policy's config that options of SFTConfig set: the checkpoint says how it was trained.
+FROM_TRL = {
+    "gradient_checkpointing": "gradient_checkpointing",
+    "optimizer_lr": "learning_rate",
+    "optimizer_eps": "adam_epsilon",
+    "optimizer_weight_decay": "weight_decay",
+    "optimizer_grad_clip_norm": "max_grad_norm",
+    "push_to_hub": "push_to_hub",
+    "repo_id": "hub_model_id",
+    "private": "hub_private_repo",
+}
+# Options with which SFTConfig prepares text data, loads models and writes Hub repos.
+FOR_TEXT = (
+    "dataset_text_field", "dataset_kwargs", "dataset_num_proc", "max_length", "truncation_mode", "eos_token",
+    "packing", "packing_strategy", "eval_packing", "padding_free", "shuffle_dataset", "remove_unused_columns",
+    "completion_only_loss", "assistant_only_loss", "model_init_kwargs", "chat_template_path",
+    "hub_strategy", "hub_token", "hub_always_push", "load_best_model_at_end",
+)  # fmt: skip
 # Options of LeRobot and TRL that would be ignored here, and what to do instead.
 WITHOUT_EFFECT = {
+    **{f"policy.{field}": f"use --{option}" for field, option in FROM_TRL.items()},
     "policy.device": "use --use_cpu",
-    "policy.gradient_checkpointing": "use --gradient_checkpointing",
-    "policy.optimizer_lr": "use --learning_rate",
     "policy.optimizer_betas": "use --adam_beta1 and --adam_beta2",
-    "policy.optimizer_eps": "use --adam_epsilon",
-    "policy.optimizer_weight_decay": "use --weight_decay",
-    "policy.optimizer_grad_clip_norm": "use --max_grad_norm",
     "policy.scheduler_warmup_steps": "use --warmup_steps",
-    "policy.push_to_hub": "use --push_to_hub",
-    "policy.repo_id": "use --hub_model_id",
-    "policy.private": "use --hub_private_repo",
     "policy.use_peft": "use --use_lora",
     "policy.pretrained_path": "use --policy.path",
     "dataset.eval_split": "lerobot-train evaluates on held-out episodes",
     "eval.policy": "the final checkpoint is evaluated",
     "eval.out": "results go to <output_dir>/eval",
-    # SFTConfig prepares text data, loads models and writes Hub repos with these.
-    **dict.fromkeys(
-        "dataset_text_field dataset_kwargs dataset_num_proc max_length truncation_mode eos_token packing "
-        "packing_strategy eval_packing padding_free shuffle_dataset remove_unused_columns completion_only_loss "
-        "assistant_only_loss model_init_kwargs chat_template_path hub_strategy hub_token hub_always_push "
-        "load_best_model_at_end".split(),
-        "examples are made by the policy. Leave it out",
-    ),
+    **dict.fromkeys(FOR_TEXT, "examples are made by the policy. Leave it out"),
 }
-
 # Where TRL's defaults are not the published recipe, or would write large checkpoints too often.
 DEFAULTS = {
-    "output_dir": "outputs/sft",
-    "learning_rate": VLA0Config.optimizer_lr,
+    **{FROM_TRL[f]: getattr(VLA0Config, f) for f in FROM_TRL if f.startswith("optimizer_")},
     "adam_beta1": VLA0Config.optimizer_betas[0],
     "adam_beta2": VLA0Config.optimizer_betas[1],
-    "adam_epsilon": VLA0Config.optimizer_eps,
-    "weight_decay": VLA0Config.optimizer_weight_decay,
-    "max_grad_norm": VLA0Config.optimizer_grad_clip_norm,
+    "output_dir": "outputs/sft",
     "lr_scheduler_type": "constant_with_warmup",  # plain constant without --warmup_steps
     "save_steps": 5000,
     "dataloader_num_workers": 4,
@@ -103,12 +103,21 @@ class SFTOptions:
     lora_r: int = HfArg(default=16, help="Rank of the adapters.")
     lora_alpha: int = HfArg(default=32, help="Adapters are scaled by alpha / r.")
     lora_dropout: float = HfArg(default=0.05, help="Dropout before the adapters.")
-    lora_target_modules: list[str] | None = HfArg(
+    lora_target_modules: list[str] | None = HfArg(  # noqa: RUF009 (a field, not a value)
         default=None, help="Ends of the names of the modules to adapt; default: the policy's own choice."
     )
     eval_after_train: bool = HfArg(
         default=False, help="Evaluate the final checkpoint on LIBERO; success rates go to report_to."
     )
+
+    def __post_init__(self) -> None:
+        if self.max_episodes is not None and self.max_episodes < 1:
+            raise ValueError(f"max_episodes={self.max_episodes} must be at least 1.")
+        if any("lm_head" in name for name in self.lora_target_modules or []):
+            raise ValueError(
+                "lora_target_modules names lm_head: TRL computes the loss from its plain weights, so an "
+                "adapter there would never be trained. Leave it out."
+            )
 
 
 @dataclass
@@ -173,7 +182,7 @@ def parse(argv: list[str]) -> Arguments:
 
 
 class _SectionOption(argparse.Action):
-    """Adds `--policy.image_size 84` as {"image_size": "84"} to `policy`, whose default is the file's mapping."""
+    """Adds `--policy.image_size 84` as {"image_size": "84"} to `policy`. The default is the file's mapping."""
 
     def __call__(
         self, parser: Any, namespace: argparse.Namespace, value: Any, option_string: str | None = None
@@ -241,15 +250,11 @@ def _policy(mapping: dict[str, str], dtype: str) -> VLA0Config:
 
 
 def _copy_to_policy(training: SFTConfig, config: VLA0Config) -> None:
-    """The checkpoint's config says how it was trained."""
-    config.device = training.device.type
-    config.gradient_checkpointing = training.gradient_checkpointing
-    config.optimizer_lr, config.optimizer_eps = training.learning_rate, training.adam_epsilon
+    """Writes into the policy's config how it is trained."""
+    for field, option in FROM_TRL.items():
+        setattr(config, field, getattr(training, option))
     config.optimizer_betas = (training.adam_beta1, training.adam_beta2)
-    config.optimizer_weight_decay = training.weight_decay
-    config.optimizer_grad_clip_norm = training.max_grad_norm
-    config.push_to_hub, config.repo_id = training.push_to_hub, training.hub_model_id
-    config.private = training.hub_private_repo
+    config.device = training.device.type
     training.push_to_hub = False  # Trainer's own push would write another layout
 
 
