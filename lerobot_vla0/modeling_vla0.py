@@ -237,7 +237,7 @@ class VLA0Policy(PreTrainedPolicy):
         action_range, dataset = None, None
         if dataset_meta is not None:
             names = STATISTICS[self.config.normalization_mapping["ACTION"]]
-            action_range = {name: dataset_meta.stats[ACTION][name] for name in names}
+            action_range = {name: dataset_meta.stats["action"][name] for name in names}
             dataset = {"episodes": dataset_meta.total_episodes, "frames": dataset_meta.total_frames}
         return make_card(self.config, training_of(cfg), action_range, dataset=dataset)
 
@@ -252,8 +252,8 @@ class VLA0Policy(PreTrainedPolicy):
         **kwargs: Any,
     ) -> Self:
         """Loads a checkpoint folder or Hub repo; needs neither the base VLM nor, for a folder, the network.
-        An adapter is merged into its base. A bare VLM gives a fresh policy: LeRobot asks for one when it loads
-        an adapter that was trained on a VLM.
+        An adapter is merged into its base. A bare VLM gives a fresh policy: LeRobot asks for one when it
+        loads an adapter that was trained on a VLM.
 
         Args:
             config: overrides the checkpoint's own.
