@@ -34,7 +34,7 @@ from .checkpoint import (
 from .configuration_vla0 import VLA0Config
 from .convert.card import make_card, training_of
 from .decoding import engine as decoding
-from .decoding.drafting import Drafter, Trust
+from .decoding.drafting import AcceptanceRate, Drafter
 from .decoding.ensembling import TemporalEnsembler
 from .decoding.grammar import IntegerGrammar
 from .decoding.prepack import Prepacked, can_prepack
@@ -64,7 +64,7 @@ class Environment:
             config.ensemble_size, config.ensemble_weight, config.ensemble_exponential
         )
         # The last chunk changes the speed only.
-        self.drafter = None if policy.server else policy.make_drafter(policy.trust, rows)
+        self.drafter = None if policy.server else policy.make_drafter(policy.acceptance, rows)
 
 
 class VLA0Policy(PreTrainedPolicy):
@@ -139,10 +139,10 @@ class VLA0Policy(PreTrainedPolicy):
             self.chat.space_id,
             self.chat.end_id,
         )
-        self.trust = Trust()
+        self.acceptance = AcceptanceRate()
         self._row_cache = RowCache()
         # Tokens behind a prompt: the longest answer, and a draft that reaches beyond it.
-        self._room = self.grammar.count * (len(str(config.num_bins)) + 1) + 64
+        self._room = self.grammar.max_tokens + 64
         self._prefix: list[tuple[Tensor, Tensor]] | None = None
         self._prepacked: Prepacked | None = None
         self._weights: list[tuple[int, int]] = []  # storage and number of changes, when both were made
@@ -301,13 +301,13 @@ class VLA0Policy(PreTrainedPolicy):
         for row in (rows or []) if self._environments else []:
             self._environments[row] = Environment(self, len(self._environments))
 
-    def make_drafter(self, trust: Trust | None = None, rows: int = 1) -> Drafter:
+    def make_drafter(self, acceptance: AcceptanceRate | None = None, rows: int = 1) -> Drafter:
         """A drafter for one of `rows` that are written together, as `config.draft_length` asks for."""
         length, worth = self.config.draft_length, 0.0
         if length is None:
             length, tokens, worth = DRAFTS["cpu" if self.model.device.type == "cpu" else "cuda"]
             length = min(length, max(1, tokens // rows))
-        return Drafter(self.grammar, self.action_dim, length, min(MOST_WORTH, rows * worth), trust)
+        return Drafter(self.grammar, self.action_dim, length, min(MOST_WORTH, rows * worth), acceptance)
 
     def _environments_of(self, batch: dict[str, Any]) -> list["Environment"]:
         rows = self.examples.rows(batch)
