@@ -63,8 +63,8 @@ def _write(folder: Path, config: VLA0Config, out: Path) -> None:
     # Imported here: transformers takes seconds, and `--help` must not.
     from transformers import AutoConfig, AutoProcessor, GenerationConfig
 
-    from .. import backbone
     from ..examples import ExampleMaker
+    from ..families import family
 
     processor = AutoProcessor.from_pretrained(folder / VLM_FOLDER)
     chat = ExampleMaker(config, processor).chat
@@ -81,7 +81,7 @@ def _write(folder: Path, config: VLA0Config, out: Path) -> None:
     if chat.lead:
         template += "{% if add_generation_prompt %}{{ " + repr(chat.lead) + " }}{% endif %}"
     processor.chat_template = processor.tokenizer.chat_template = template
-    backbone.pin_picture_size(processor, *chat.picture_size)
+    family(processor).pin_picture_size(processor, *chat.picture_size)
     processor.save_pretrained(out)
     # Where Transformers 4 (and engines built on it) look.
     processor.image_processor.save_pretrained(out)
