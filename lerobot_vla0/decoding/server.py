@@ -15,7 +15,6 @@ from torchvision.io import encode_png
 
 from ..action_codec import ActionCodec
 from ..configuration_vla0 import VLA0Config
-from ..convert.export import max_tokens
 from ..examples import ExampleMaker
 from .grammar import IntegerGrammar
 
@@ -43,7 +42,9 @@ class Server:
         chat = examples.chat
         self.shape = (config.chunk_size, examples.action_dim)
         count = self.shape[0] * self.shape[1]
-        grammar = IntegerGrammar(count, config.num_bins, chat.digit_ids, chat.space_id, chat.end_id)
+        self.grammar = grammar = IntegerGrammar(
+            count, config.num_bins, chat.digit_ids, chat.space_id, chat.end_id
+        )
         self.structured = {"structured_outputs": {"regex": grammar.regex}, "regex": grammar.regex}
         key = os.environ.get(API_KEY)
         self.client = httpx.Client(
@@ -88,7 +89,7 @@ class Server:
                 },
             ],
             "temperature": self.config.temperature,
-            "max_tokens": max_tokens(self.config),
+            "max_tokens": self.grammar.max_tokens,
         }
         structured = self.structured
         response = self._send("POST", "/chat/completions", {**request, **structured})
