@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 from transformers.initialization import no_init_weights
 from transformers.utils import is_bitsandbytes_available, is_flash_attn_2_available
 
-from .configuration_vla0 import DTYPES
+from .configuration_vla0 import DTYPES, VLA0Config
 from .families import FAMILIES, family
 
 
@@ -101,6 +101,42 @@ def build_vlm(folder: Path, *, dtype: str, attn_implementation: str | None) -> t
         )
     model.tie_weights()
     return model.eval(), AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+
+
+def make_vlm(config: VLA0Config, folder: Path | None) -> tuple[nn.Module, Any]:
+    """(the VLM that a policy's config asks for, on its device; the VLM's processor).
+
+    Args:
+        folder: build the VLM, without weights, from what `save_vlm` wrote there; None loads `config.vlm`.
+
+    Raises:
+        ValueError: `load_in_4bit` with a folder.
+    """
+    load = {"dtype": config.dtype, "attn_implementation": config.attn_implementation}
+    if folder is None:
+        quantised = config.load_in_4bit
+        model, processor = load_vlm(config.vlm, revision=config.vlm_revision, load_in_4bit=quantised, **load)
+    elif config.load_in_4bit:
+        raise ValueError(
+            "load_in_4bit=True starts from a VLM, not from a VLA-0 checkpoint. Set load_in_4bit=false."
+        )
+    else:
+        model, processor = build_vlm(folder, **load)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if config.freeze_vision:
+        for module in vision_modules(model):
+            module.requires_grad_(False)
+    if config.compile_model:
+        # Only the language model: the vision encoder reads sizes on the CPU, which breaks the graph.
+        language_model(model).compile(dynamic=True)
+    if not has_decoding_session(model):
+        logging.warning(
+            f"{model.config.model_type}: acting decodes row by row on Transformers' own cache, the same "
+            "actions in more time than with the other VLMs (see --help of vlm)."
+        )
+    # Rotary embeddings are float32 buffers whatever the weights are: move the device, never the dtype.
+    return model.to(config.device), processor
 
 
 def save_vlm(model: nn.Module, processor: Any, folder: Path) -> None:
