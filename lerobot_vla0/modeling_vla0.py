@@ -64,8 +64,8 @@ class VLA0Policy(PreTrainedPolicy):
             add_task_statistics(dataset_meta, names, config.num_bins)
         if config.server is None:
             self.model, self.vlm_processor = backbone.make_vlm(config, vlm_folder)
-            # Read by LeRobot 0.6.2 from the class; which block it is depends on the VLM's family.
-            type(self)._fsdp_wrap_modules = [backbone.family(self.model).block]
+            # LeRobot 0.6.2 reads it from the class, but the name depends on the VLM.
+            type(self)._fsdp_wrap_modules = [backbone.block_name(self.model)]
             self.examples = ExampleMaker(config, self.vlm_processor)
             self.decoder = ChunkDecoder(config, self.model, self.examples)
         elif vlm_folder is None:
