@@ -36,13 +36,13 @@ from .. import backbone
 from ..adapters import import_peft
 from ..checkpoint import ADAPTER_WEIGHTS, VLM_FOLDER, WEIGHTS
 from ..libero.assets import prepare_libero
-from ..libero.evaluate import evaluate
+from ..libero.evaluate import EvalConfig, evaluate
 from ..libero.report import read_episodes
 from ..libero.suites import episodes_of_suites
 from ..modeling_vla0 import VLA0Policy
 from ..options import load_policy_config
 from ..processor_vla0 import ACTION_CLIPPED
-from .sft_options import Arguments, parse
+from .sft_options import Arguments, checkpoint_to_resume, parse
 
 
 def main(argv: list[str]) -> None:
@@ -62,7 +62,7 @@ def sft(arguments: Arguments) -> Path:
         ValueError: no episode is left to train on, or a setting that does not fit data or model.
     """
     options, training, evaluation = arguments.options, arguments.training, arguments.evaluation
-    checkpoint = _checkpoint_to_resume(training)
+    checkpoint = checkpoint_to_resume(training)
     # Missing libraries or assets must show now, not after the download of the data or days of training.
     if options.use_lora:
         import_peft()
@@ -97,11 +97,7 @@ def sft(arguments: Arguments) -> Path:
         if policy.config.push_to_hub:
             _push(final, trainer)
         if evaluation is not None:
-            evaluation.policy = load_policy_config(final)
-            trainer.free_memory()
-            evaluate(evaluation)
-            trainer.log(_success_rates(evaluation.out))  # to where the loss went
-            trainer.save_state()
+            _evaluate(final, trainer, evaluation)
     return final
 
 
@@ -113,7 +109,7 @@ class VLA0Trainer(SFTTrainer):
         dataset: of LeRobot; items are one timestep each.
         policy: in training mode.
         processors: the policy's pre- and postprocessor.
-        adapter: the policy as a PEFT model, to train and save the adapter only; None trains the policy itself.
+        adapter: the policy as a PEFT model, to train and save only the adapter; None trains the policy.
     """
 
     def __init__(
@@ -177,13 +173,6 @@ class VLA0Trainer(SFTTrainer):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: TRL's card would go into every checkpoint; a push writes the policy's own."""
 
-    def free_memory(self) -> None:
-        """Makes room for a second copy of the weights; training cannot go on."""
-        self.optimizer = self.lr_scheduler = None
-        self.accelerator.free_memory()
-        if not self.is_fsdp_enabled:
-            self.policy.to("cpu")
-
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Writes a LeRobot checkpoint, as lerobot-train does.
 
@@ -226,37 +215,6 @@ def _collate(dataset: Any, rows: list[dict[str, int]]) -> dict[str, Any]:
 
 
 # ------------------------------------------------------------------------------------------- before training
-
-
-def _checkpoint_to_resume(training: SFTConfig) -> str | None:
-    """Folder of the checkpoint to continue from; None starts afresh."""
-    output = Path(training.output_dir)
-    wanted = str(training.resume_from_checkpoint or False)  # YAML's true is a bool
-    # Transformers' `get_last_checkpoint` also finds one whose writing was interrupted. A complete one has
-    # trainer_state.json, which is written last.
-    complete = {
-        int(file.parent.name.removeprefix("checkpoint-")): str(file.parent)
-        for file in output.glob("checkpoint-*/trainer_state.json")
-    }
-    if wanted.lower() in ("false", "none"):
-        if complete or (output / "final").exists():
-            raise FileExistsError(
-                f"output_dir={str(output)!r} holds a run already. Choose another one, or continue it with "
-                "--resume_from_checkpoint true."
-            )
-        return None
-    if wanted.lower() in ("true", "last"):
-        if not complete:
-            raise FileNotFoundError(
-                f"resume_from_checkpoint={wanted!r}: {str(output)!r} holds no complete checkpoint-N."
-            )
-        return complete[max(complete)]
-    if not (Path(wanted) / "trainer_state.json").is_file():
-        raise FileNotFoundError(
-            f"resume_from_checkpoint={wanted!r} is no complete checkpoint of this trainer: there is no "
-            "trainer_state.json in it. Give <output_dir>/checkpoint-N, or true for the last one."
-        )
-    return wanted
 
 
 def _pipeline(arguments: Arguments) -> TrainPipelineConfig:
@@ -302,18 +260,20 @@ def _choose_episodes(arguments: Arguments) -> None:
 def _processors(policy: VLA0Policy, dataset: Any) -> tuple[Any, Any]:
     """Pre- and postprocessor with this data set's statistics, as lerobot-train makes them."""
     config, stats = policy.config, dataset.meta.stats
-    if config.pretrained_path is None:
-        return make_pre_post_processors(config, dataset_stats=stats)
-    new = {"norm_map": config.normalization_mapping, "stats": stats}
+    replaced = {"norm_map": config.normalization_mapping, "stats": stats}
     features = {**config.input_features, **config.output_features}
     return make_pre_post_processors(
         config,
-        pretrained_path=str(config.pretrained_path),
+        dataset_stats=stats,
+        # The rest is for those of a checkpoint (--policy.path).
+        pretrained_path=config.pretrained_path and str(config.pretrained_path),
         preprocessor_overrides={
             "device_processor": {"device": config.device},
-            "normalizer_processor": {"features": features, **new},
+            "normalizer_processor": {"features": features, **replaced},
         },
-        postprocessor_overrides={"unnormalizer_processor": {"features": config.output_features, **new}},
+        postprocessor_overrides={
+            "unnormalizer_processor": {"features": config.output_features, **replaced},
+        },
     )
 
 
@@ -337,9 +297,17 @@ def _push(final: Path, trainer: VLA0Trainer) -> None:
     logging.info(f"Model pushed to {commit.repo_url.url}")  # LeRobot's wording: its remote jobs wait for it
 
 
-def _success_rates(folder: Path) -> dict[str, float]:
-    """{"eval_<suite>_success": share of successful episodes} of the results of an evaluation."""
+def _evaluate(final: Path, trainer: VLA0Trainer, config: EvalConfig) -> None:
+    """`lerobot-vla0 eval` of the final checkpoint; the success rates are logged where the loss was."""
+    # Makes room for the weights that the evaluation loads.
+    trainer.optimizer = trainer.lr_scheduler = None
+    trainer.accelerator.free_memory()
+    if not trainer.is_fsdp_enabled:
+        trainer.policy.to("cpu")
+    config.policy = load_policy_config(final)
+    evaluate(config)
     successes: dict[str, list[bool]] = {}
-    for (suite, _, _), episode in read_episodes(folder).items():
-        successes.setdefault(f"eval_{suite}_success", []).append(episode["success"])
-    return {name: sum(found) / len(found) for name, found in successes.items()}
+    for (suite, _, _), episode in read_episodes(config.out).items():
+        successes.setdefault(suite, []).append(episode["success"])
+    trainer.log({f"eval_{suite}_success": sum(found) / len(found) for suite, found in successes.items()})
+    trainer.save_state()

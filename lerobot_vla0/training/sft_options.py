@@ -7,9 +7,9 @@
 In the YAML file, `policy:`, `dataset:` and `eval:` are mappings and everything else stands at the top. The
 command line overrides the file, the file overrides the defaults.
 
-TRL's parser, an argparse parser, takes all of them. It cannot make LeRobot's nested configs, so it collects the
-options of a section as text, and draccus, LeRobot's parser, makes the config of them. (draccus alone would not
-do: it knows neither the types of SFTConfig's fields nor switches without a value, such as --use_cpu.)
+TRL's parser, an argparse parser, takes all of them. It cannot make LeRobot's nested configs, so it collects
+the options of a section as text, and LeRobot's parser, draccus, makes the config of them. draccus alone would
+not do: it reads neither the types of SFTConfig's fields nor switches without a value, such as --use_cpu.
 """
 
 import argparse
@@ -182,7 +182,7 @@ def parse(argv: list[str]) -> Arguments:
 
 
 class _SectionOption(argparse.Action):
-    """Adds `--policy.image_size 84` as {"image_size": "84"} to `policy`. The default is the file's mapping."""
+    """Adds `--policy.image_size 84` as {"image_size": "84"} to `policy`, at first the file's mapping."""
 
     def __call__(
         self, parser: Any, namespace: argparse.Namespace, value: Any, option_string: str | None = None
@@ -279,6 +279,37 @@ def _evaluation(mapping: dict[str, str], options: SFTOptions, training: SFTConfi
 
 def _arguments(mapping: dict[str, str]) -> list[str]:
     return [f"--{name}={value}" for name, value in mapping.items()]
+
+
+def checkpoint_to_resume(training: SFTConfig) -> str | None:
+    """Folder of the checkpoint to continue from; None starts afresh."""
+    output = Path(training.output_dir)
+    wanted = str(training.resume_from_checkpoint or False)  # YAML's true is a bool
+    # Transformers' `get_last_checkpoint` also finds one whose writing was interrupted. A complete one has
+    # trainer_state.json, which is written last.
+    complete = {
+        int(file.parent.name.removeprefix("checkpoint-")): str(file.parent)
+        for file in output.glob("checkpoint-*/trainer_state.json")
+    }
+    if wanted.lower() in ("false", "none"):
+        if complete or (output / "final").exists():
+            raise FileExistsError(
+                f"output_dir={str(output)!r} holds a run already. Choose another one, or continue it with "
+                "--resume_from_checkpoint true."
+            )
+        return None
+    if wanted.lower() in ("true", "last"):
+        if not complete:
+            raise FileNotFoundError(
+                f"resume_from_checkpoint={wanted!r}: {str(output)!r} holds no complete checkpoint-N."
+            )
+        return complete[max(complete)]
+    if not (Path(wanted) / "trainer_state.json").is_file():
+        raise FileNotFoundError(
+            f"resume_from_checkpoint={wanted!r} is no complete checkpoint of this trainer: there is no "
+            "trainer_state.json in it. Give <output_dir>/checkpoint-N, or true for the last one."
+        )
+    return wanted
 
 
 def _print_help(file_parser: argparse.ArgumentParser) -> None:
