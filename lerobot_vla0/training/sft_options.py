@@ -9,7 +9,7 @@ command line overrides the file, the file overrides the defaults.
 
 TRL's parser, an argparse parser, takes all of them. It cannot make LeRobot's nested configs, so it collects
 the options of a section as text, and LeRobot's parser, draccus, makes the config of them. draccus alone would
-not do: it reads neither the types of SFTConfig's fields nor switches without a value, such as --use_cpu.
+not do: it wants a value after every option (--use_cpu has none) and lists in brackets.
 """
 
 import argparse
@@ -155,7 +155,6 @@ def parse(argv: list[str]) -> Arguments:
         section = name.partition(".")[0]
         parser.add_argument(f"--{name}", dest=section, action=_SectionOption, nargs="?", default={})
 
-    # The names are checked first: argparse would say neither which is the nearest nor why one is refused.
     file, argv = file_parser.parse_known_args(argv)
     if file.config:
         content = _read(file.config)
@@ -207,7 +206,10 @@ def _options_of(section: str) -> list[str]:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """Options of a YAML file: {option: value, section: {field: value as on the command line}}."""
+    """Options of a YAML file: {option: value, section: {field: value as on the command line}}.
+
+    TRL's parser can read a file, but knows nothing of sections and names neither it nor the nearest option.
+    """
     if not file.is_file():
         raise FileNotFoundError(f"config={str(file)!r}: there is no such file.")
     content = yaml.safe_load(file.read_text())
@@ -224,6 +226,10 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _check(names: list[str], known: list[str], where: str = "") -> None:
+    """Refuses options that do not exist or would be ignored.
+
+    By hand, because argparse would say neither which is the nearest nor what to use instead.
+    """
     for name in names:
         option = ".".join(name.replace("-", "_").split(".")[:2])
         if option in WITHOUT_EFFECT:
