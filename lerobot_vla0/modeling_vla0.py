@@ -64,8 +64,8 @@ class VLA0Policy(PreTrainedPolicy):
             add_task_statistics(dataset_meta, names, config.num_bins)
         if config.server is None:
             self.model, self.vlm_processor = backbone.make_vlm(config, vlm_folder)
-            # Read by LeRobot 0.6.2 from the class; which block it is depends on the VLM's family.
-            type(self)._fsdp_wrap_modules = [backbone.family(self.model).block]
+            # LeRobot 0.6.2 reads it from the class, but the name depends on the VLM.
+            type(self)._fsdp_wrap_modules = [backbone.block_name(self.model)]
             self.examples = ExampleMaker(config, self.vlm_processor)
             self.decoder = ChunkDecoder(config, self.model, self.examples)
         elif vlm_folder is None:
@@ -111,8 +111,7 @@ class VLA0Policy(PreTrainedPolicy):
         return adapters.default_targets(self.model)
 
     def _validate_peft_config(self, peft_config: Any) -> None:
-        """LeRobot refuses to train adapters on a fresh policy, which for other policies has random weights;
-        this one is a pretrained VLM."""
+        """Allows what LeRobot refuses, adapters on a fresh policy: this one is a pretrained VLM."""
 
     def forward(self, batch: dict[str, Any], reduction: str = "mean") -> tuple[Tensor, dict[str, Any]]:
         """Cross-entropy of the answer's tokens. Augmented if and only if the policy is in training mode.
@@ -237,7 +236,7 @@ class VLA0Policy(PreTrainedPolicy):
         action_range, dataset = None, None
         if dataset_meta is not None:
             names = STATISTICS[self.config.normalization_mapping["ACTION"]]
-            action_range = {name: dataset_meta.stats[ACTION][name] for name in names}
+            action_range = {name: dataset_meta.stats["action"][name] for name in names}
             dataset = {"episodes": dataset_meta.total_episodes, "frames": dataset_meta.total_frames}
         return make_card(self.config, training_of(cfg), action_range, dataset=dataset)
 
@@ -252,12 +251,12 @@ class VLA0Policy(PreTrainedPolicy):
         **kwargs: Any,
     ) -> Self:
         """Loads a checkpoint folder or Hub repo; needs neither the base VLM nor, for a folder, the network.
-        An adapter is merged into its base. A bare VLM gives a fresh policy: LeRobot asks for one when it loads
-        an adapter that was trained on a VLM.
+        An adapter is merged into its base. A bare VLM gives a fresh policy: LeRobot asks for one when it
+        loads an adapter that was trained on a VLM.
 
         Args:
             config: overrides the checkpoint's own.
-            kwargs: force_download, cache_dir, local_files_only, token of the Hub; or arguments of the class.
+            kwargs: force_download, cache_dir, local_files_only, token of the Hub; arguments of the class.
 
         Raises:
             FileNotFoundError: a file of the checkpoint is missing.
