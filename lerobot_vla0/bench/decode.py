@@ -7,9 +7,7 @@ A model with random weights is made to give certain answers by adding to its log
 time, and the accepted drafts are those of real actions.
 """
 
-import operator
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +29,8 @@ class BenchDecodeConfig:
     # A policy checkpoint (folder), with `dataset`; or a VLM with random weights: qwen2.5-0.5b-random,
     # qwen2.5-vl-3b-random, small-random.
     model: str = "qwen2.5-0.5b-random"
-    # Folder of a LeRobotDataset: frames for a checkpoint to look at, or actions that random weights are made to
-    # write. None takes two published texts.
+    # Folder of a LeRobotDataset: frames for a checkpoint to look at, or actions that random weights are made
+    # to write. None takes two published texts.
     dataset: Path | None = None
     # Of: recorded, recorded_masked, replanned (needs `dataset`), uniform; own, own_replanned (a checkpoint).
     # None takes all that there is material for.
@@ -88,10 +86,11 @@ def bench_decode(config: BenchDecodeConfig) -> dict[str, Any]:
                     runs[mode] = run_mode(policy, mode, chunks)
                     bar.update()
                 for mode, run in runs.items():
-                    same = sum(map(operator.eq, run.integers, runs[reference].integers))
+                    same = sum(a == b for a, b in zip(run.integers, runs[reference].integers, strict=True))
                     gap = None
                     if repeat == 0 and "plain" in runs and mode != "generate":
-                        gap = max(map(partial(tie_gap, policy), chunks, runs["plain"].integers, run.integers))
+                        answers = zip(chunks, runs["plain"].integers, run.integers, strict=True)
+                        gap = max(tie_gap(policy, *answer) for answer in answers)
                     ms = 1000 * run.seconds / len(chunks)
                     records.append((workload, mode, repeat, len(chunks), run.passes, ms, same, gap))
     columns = ["workload", "mode", "repeat", "chunks", "passes", "ms", "identical", "gap"]

@@ -55,12 +55,8 @@ class Run:
 
 def run_mode(policy: VLA0Policy, mode: str, chunks: list[Chunk]) -> Run:
     """Decodes a batch of chunks in a mode of MODES. Timed from pixels and token ids to integers."""
-    inputs = _inputs(policy, chunks)
-    return (
-        _run_ours(policy, mode, chunks, inputs)
-        if mode in OURS
-        else _run_generate(policy, mode, chunks, inputs)
-    )
+    run = _run_ours if mode in OURS else _run_generate
+    return run(policy, mode, chunks, _inputs(policy, chunks))
 
 
 def _inputs(policy: VLA0Policy, chunks: list[Chunk]) -> dict[str, Tensor]:
@@ -74,16 +70,14 @@ def _inputs(policy: VLA0Policy, chunks: list[Chunk]) -> dict[str, Tensor]:
 
 
 def _run_ours(policy: VLA0Policy, mode: str, chunks: list[Chunk], inputs: dict[str, Tensor]) -> Run:
-    decoder, drafters = policy.decoder, None
-    if mode != "plain":
-        drafters = [
-            decoder.make_drafter(len(chunks))
-            if mode == "drafts"
-            else Drafter(decoder.grammar, decoder.action_dim, 0)
-            for _ in chunks
-        ]
-        for drafter, chunk in zip(drafters, chunks, strict=True):
-            drafter.remember(chunk.previous, executed=1)
+    decoder = policy.decoder
+    drafters = {
+        "plain": None,
+        "forced": [Drafter(decoder.grammar, decoder.action_dim, length=0) for _ in chunks],
+        "drafts": [decoder.make_drafter(len(chunks)) for _ in chunks],
+    }[mode]
+    for drafter, chunk in zip(drafters or [], chunks, strict=False):
+        drafter.remember(chunk.previous, executed=1)
     synchronize(policy)
     start = time.perf_counter()
     model = ScriptedModel(decoder.session(inputs), decoder.grammar, chunks)

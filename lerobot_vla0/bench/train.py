@@ -85,7 +85,7 @@ def bench_train(config: BenchTrainConfig) -> dict[str, Any]:
     for mode in modes * config.repeats:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
             steps += process.submit(measure, config, common.SHAPES[config.model], mode).result()
-    machine = steps[0].pop("machine")
+    machine = steps[0]["machine"]
     rows = _summarize(pd.DataFrame(steps), config.batch_size)
     print(f"{config.model}: {machine}, batch {config.batch_size}, {rows['steps'][0]} steps each")
     _print_rows(rows)
@@ -98,7 +98,7 @@ def measure(config: BenchTrainConfig, shape: common.Shape, mode: str) -> list[di
     """Trains for a few steps in this process.
 
     Returns:
-        for each timed step `step_s` and `prepare_s`, the part of it for images, text and labels; and, the same
+        for each timed step `step_s` and `prepare_s`, the part of it for images, text and labels; and, equal
         for all, `mode`, `machine`, `loss` (of the batch without augmentation, before the first step), and
         `before_gib` and `peak_gib`, the most memory that the process (on a GPU, its tensors) had before the
         first step and at the end.
@@ -117,12 +117,9 @@ def measure(config: BenchTrainConfig, shape: common.Shape, mode: str) -> list[di
 
     def prepare() -> tuple[Any, ...]:
         if mode == "ours":
-            on_device = {
-                key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()
-            }
-            return policy.examples.training_examples(
-                on_device, augmentation_generator() if policy.training else None
-            )
+            moved = {key: value.to(device) for key, value in batch.items() if isinstance(value, Tensor)}
+            generator = augmentation_generator() if policy.training else None
+            return policy.examples.training_examples(batch | moved, generator)
         inputs, labels = per_sample_inputs(policy, batch, augment=policy.training)
         return {key: value.to(device) for key, value in inputs.items()}, labels.to(device)
 

@@ -72,7 +72,8 @@ def load_pairs(config: Any, policy: VLA0Policy, random: np.random.Generator) -> 
     (1, H, D).
 
     Raises:
-        ValueError: the data set's actions have another dimension than the policy's.
+        ValueError: the data set's actions have another dimension than the policy's, or its episodes are too
+            short for two consecutive chunks.
     """
     from lerobot.datasets.lerobot_dataset import LeRobotDataset, LeRobotDatasetMetadata
 
@@ -94,5 +95,10 @@ def load_pairs(config: Any, policy: VLA0Policy, random: np.random.Generator) -> 
     # Both frames' chunks end before their episode does.
     episodes = zip(meta.episodes["dataset_from_index"], meta.episodes["dataset_to_index"], strict=True)
     starts = [i for first, last in episodes for i in range(first, last - horizon)]
+    if not starts:
+        raise ValueError(
+            f"dataset={str(config.dataset)!r} has no episode of more than {horizon} frames, as two "
+            "consecutive chunks of this policy need. Give one with longer episodes."
+        )
     chosen = random.choice(starts, min(config.chunks, len(starts)), replace=False).tolist()
     return [tuple(preprocess(default_collate([dataset[j]])) for j in (i, i + 1)) for i in chosen]
