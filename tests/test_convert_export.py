@@ -6,7 +6,7 @@ import torch
 from conftest import make_config, make_stats, observation, randomise
 from safetensors.torch import load_file
 from tiny_families import PICTURES, make_tiny
-from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
+from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig, PreTrainedModel
 
 from lerobot_vla0.cli import main
 from lerobot_vla0.convert import export as export_module
@@ -111,10 +111,10 @@ def test_other_families_show_the_same_prompt_and_pixels(family, tmp_path):
 
 
 def test_interrupted_export_leaves_nothing(learnt, tmp_path, monkeypatch):
-    def full(*args):
+    def full(*args, **kwargs):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(export_module, "_copy_weights", full)
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
     with pytest.raises(OSError, match="No space left"):
         run_export(learnt[0], tmp_path / "out")
     assert not list(tmp_path.iterdir())

@@ -305,7 +305,7 @@ def test_shards_old_names_and_a_copy_of_the_tied_head(trl, tmp_path):
     shards = {"model-1.safetensors": keys[::2], "model-2.safetensors": keys[1::2]}
     for file, own in shards.items():
         save_file({k: renamed[k] for k in own}, final / file, {"format": "pt"})
-    index = {"weight_map": {k: file for file, own in shards.items() for k in own}}
+    index = {"metadata": {}, "weight_map": {k: file for file, own in shards.items() for k in own}}
     (final / "model.safetensors.index.json").write_text(json.dumps(index))
     image_processor = {  # of Transformers 4
         "image_processor_type": "Qwen2VLImageProcessor", "min_pixels": 100352, "max_pixels": 100352,
