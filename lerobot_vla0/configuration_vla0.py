@@ -4,12 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import draccus
+import torch
 from draccus.utils import DecodingError
 from lerobot.configs import NormalizationMode, PreTrainedConfig
 from lerobot.optim import AdamWConfig
 from lerobot.optim.schedulers import ConstantWithWarmupSchedulerConfig
 
-DTYPES = ("bfloat16", "float16", "float32")
+# Data types of weights and computation, by their names in the config.
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # Raised when a checkpoint of this package could no longer be read, or would act otherwise, in an older one.
 # Adding a field does not count: an older version refuses a field that it does not know by name.
 FORMAT_VERSION = 1

@@ -1,6 +1,8 @@
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 import yaml
 from conftest import make_config, make_stats
@@ -21,6 +23,18 @@ TRAINING = {
 }
 
 
+def dataset_meta(action: dict) -> SimpleNamespace:
+    """Of a LeRobotDatasetMetadata, what a card reads."""
+    return SimpleNamespace(
+        total_episodes=1693,
+        total_frames=273465,
+        fps=10,
+        tasks=pd.DataFrame({"task_index": [0]}, index=["open the drawer"]),
+        robot_type="panda",
+        stats={"action": action},
+    )
+
+
 def metadata(card: object) -> dict:
     return yaml.safe_load(str(card).split("---")[1])
 
@@ -28,7 +42,7 @@ def metadata(card: object) -> dict:
 def test_card_of_the_published_recipe():
     config = make_config("Qwen/Qwen2.5-VL-3B-Instruct", image_size=224, repo_id="me/vla0", tags=["mine"])
     action_range = {"min": [-0.93751] * 7, "max": [0.9375] * 7}
-    card = make_card(config, TRAINING, action_range, dataset={"episodes": 1693, "frames": 273465})
+    card = make_card(config, TRAINING, dataset_meta=dataset_meta(action_range))
     assert metadata(card) == {
         "library_name": "lerobot",
         "pipeline_tag": "robotics",
@@ -41,13 +55,17 @@ def test_card_of_the_published_recipe():
         "tags": ["lerobot", "mine", "robotics", "vision-language-action", "vla0"],
     }
     for words in [
-        "# vla0\n",
+        "# Model Card for vla0\n",
         "the next 8 actions as 56 integers from 0 to 1000",
         'Agent.from_pretrained("me/vla0")',
         "--policy.path=me/vla0",
         "`observation.images.image`, `observation.images.image2`",
-        "[lerobot/libero](https://huggingface.co/lerobot/libero), 1693 episodes, 273,465 frames",
-        "80,000 steps, batch 8 per process, adamw, learning rate 4e-05",
+        "[lerobot/libero](https://huggingface.co/datasets/lerobot/libero)",
+        "- **Episodes:** 1693\n- **Frames:** 273465\n- **Frame rate:** 10 FPS",
+        '- **Task(s):** "open the drawer"',
+        "| Training steps | 80000 |\n| Batch size | 8 |\n| Optimizer | adamw |\n| Learning rate | 4e-05 |",
+        "| base model | [Qwen/Qwen2.5-VL-3B-Instruct](https://huggingface.co/Qwen/Qwen2.5-VL-3B-Instruct), ",
+        "lerobot-train \\\n  --dataset.repo_id=${HF_USER}/<dataset> \\\n  --policy.type=vla0 ",
         "crop 0.875 (random in training), 224×224 pixels, side by side",
         "up to 0.4 of the characters",
         "minimum and maximum of the data set's actions → 0..1000",
@@ -124,7 +142,7 @@ def test_command_writes_then_renews_the_evaluation(checkpoint, tmp_path):
     main(["card", f"--policy.path={checkpoint}"])
     text = (checkpoint / "README.md").read_text()
     assert ModelCard(text).data.library_name == "lerobot"
-    assert "None yet." in text and "80,000 steps" in text and "| action max | [3.0, 3.0" in text
+    assert "None yet." in text and "| Training steps | 80000 |" in text and "| action max | [3.0, 3.0" in text
 
     (checkpoint / "README.md").write_text(text + "\nMy own words.\n")
     results = write_results(tmp_path / "stand_ins", stand_ins=True)

@@ -70,6 +70,28 @@ def test_prompt_and_pixels_are_the_processors_own(family, folders):
     assert torch.allclose(ours["pixel_values"], theirs["pixel_values"], rtol=0, atol=tolerance)
 
 
+@pytest.mark.parametrize("family", ["qwen2_5_vl", *FAMILIES])
+def test_parts_are_where_the_family_says(family, folders, tiny_vlm):
+    """Of the model as Transformers makes it: layers by class name, as FSDP looks for them; and the processor
+    leads to the same family."""
+    folder = tiny_vlm if family == "qwen2_5_vl" else folders[family]
+    model, processor = backbone.load_vlm(folder, revision=None, dtype="float32", attn_implementation=None)
+    ours = backbone.family(model)
+    assert ours is backbone.family(processor) is backbone.FAMILIES[family]
+    text = backbone.language_model(model)
+    blocks = [module for module in model.modules() if type(module).__name__ == ours.block]
+    assert blocks == list(text.layers)
+    assert set(map(id, model.parameters())) == {
+        id(p) for part in (text, model.lm_head, *backbone.vision_modules(model)) for p in part.parameters()
+    }
+
+
+def test_processor_of_another_vlm_is_refused(folders):
+    tokenizer = AutoProcessor.from_pretrained(folders["qwen2_vl"]).tokenizer
+    with pytest.raises(ValueError, match=f"vlm: its processor is a .{type(tokenizer).__name__}.*qwen2_5_vl"):
+        backbone.family(tokenizer)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_of_decoding_are_those_of_a_full_pass(family, folders):
     """Two rows of different lengths, drafts of different lengths, rejected ones; against the model's own

@@ -6,10 +6,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
 from safetensors import safe_open
 
-from ..checkpoint import ADAPTER_CONFIG, VLM_FOLDER, new_folder
+from ..checkpoint import VLM_FOLDER, find_checkpoint, new_folder
 from ..configuration_vla0 import VLA0Config
 from ..options import PolicyOptions
 
@@ -40,16 +39,13 @@ def export(config: ExportConfig) -> Path:
         raise ValueError("which checkpoint? --policy.path=<checkpoint folder or Hub repo>")
     out, path = Path(config.out), str(config.policy.pretrained_path)
     with new_folder(out) as part:
-        folder = Path(path)
-        if not folder.is_dir():
-            revision, patterns = config.policy.pretrained_revision, ["*.json", "*.safetensors"]
-            folder = Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
-        if (folder / ADAPTER_CONFIG).is_file():
+        checkpoint = find_checkpoint(path, revision=config.policy.pretrained_revision)
+        if checkpoint.kind == "adapter":
             raise ValueError(
                 f"{path} is an adapter: fold it into its base first "
                 f"(lerobot-vla0 merge --policy.path={path})."
             )
-        write_export(folder, config.policy, part)
+        write_export(checkpoint.folder, config.policy, part)
     print(f"Wrote {out}")
     return out
 
@@ -65,7 +61,7 @@ def write_export(folder: Path, config: VLA0Config, out: Path) -> None:
     # Imported here: transformers takes seconds, and `--help` must not.
     from transformers import GenerationConfig
 
-    from .. import backbone
+    from ..families import family
     from ..modeling_vla0 import VLA0Policy
 
     policy = VLA0Policy.from_pretrained(folder, config=replace(config, device="cpu", server=None))
@@ -85,7 +81,7 @@ def write_export(folder: Path, config: VLA0Config, out: Path) -> None:
     if chat.lead:
         template += "{% if add_generation_prompt %}{{ " + repr(chat.lead) + " }}{% endif %}"
     processor.chat_template = processor.tokenizer.chat_template = template
-    backbone.pin_picture_size(processor, *chat.picture_size)
+    family(processor).pin_picture_size(processor, *chat.picture_size)
     processor.save_pretrained(out)
     # Where Transformers 4 (and engines built on it) look.
     processor.image_processor.save_pretrained(out)
@@ -93,10 +89,6 @@ def write_export(folder: Path, config: VLA0Config, out: Path) -> None:
 
 def action_spec(folder: Path, config: VLA0Config, chat: Any) -> dict[str, Any]:
     """What a client needs besides the model, and, under `checkpoint`, all else that the checkpoint holds."""
-    from ..decoding.grammar import IntegerGrammar
-
-    count = config.chunk_size * config.action_feature.shape[0]
-    grammar = IntegerGrammar(count, config.num_bins, chat.digit_ids, chat.space_id, chat.end_id)
     state = {}
     for file in sorted(folder.glob("policy_*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
@@ -116,7 +108,7 @@ def action_spec(folder: Path, config: VLA0Config, chat: Any) -> dict[str, Any]:
     return {
         "spec_version": SPEC_VERSION,
         "messages": chat.messages("{instruction}"),
-        "regex": grammar.regex,
+        "regex": chat.grammar.regex,
         "max_tokens": max_tokens(config),
         "chunk_size": config.chunk_size,
         "action_dim": config.action_feature.shape[0],
