@@ -232,14 +232,9 @@ class VLA0Policy(PreTrainedPolicy):
         self, *args: Any, cfg: Any = None, dataset_meta: Any = None, **kwargs: Any
     ) -> ModelCard:
         """README.md of a push, see convert/card.py. Called by LeRobot 0.6.1 only."""
-        from .convert.card import make_card, training_of  # nothing but a push needs it
+        from .convert.card import push_card  # nothing but a push needs it
 
-        action_range, dataset = None, None
-        if dataset_meta is not None:
-            names = STATISTICS[self.config.normalization_mapping["ACTION"]]
-            action_range = {name: dataset_meta.stats[ACTION][name] for name in names}
-            dataset = {"episodes": dataset_meta.total_episodes, "frames": dataset_meta.total_frames}
-        return make_card(self.config, training_of(cfg), action_range, dataset=dataset)
+        return push_card(self.config, cfg, dataset_meta)
 
     @classmethod
     def from_pretrained(

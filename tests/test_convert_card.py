@@ -23,16 +23,11 @@ TRAINING = {
 }
 
 
-def dataset_meta(action: dict) -> SimpleNamespace:
-    """Of a LeRobotDatasetMetadata, what a card reads."""
-    return SimpleNamespace(
-        total_episodes=1693,
-        total_frames=273465,
-        fps=10,
-        tasks=pd.DataFrame({"task_index": [0]}, index=["open the drawer"]),
-        robot_type="panda",
-        stats={"action": action},
-    )
+# What a card reads of a LeRobotDatasetMetadata.
+DATASET_META = SimpleNamespace(
+    repo_id="lerobot/libero", total_episodes=1693, total_frames=273465, fps=10, robot_type="panda",
+    tasks=pd.DataFrame({"task_index": [0]}, index=["open the drawer"]),
+)  # fmt: skip
 
 
 def metadata(card: object) -> dict:
@@ -42,7 +37,7 @@ def metadata(card: object) -> dict:
 def test_card_of_the_published_recipe():
     config = make_config("Qwen/Qwen2.5-VL-3B-Instruct", image_size=224, repo_id="me/vla0", tags=["mine"])
     action_range = {"min": [-0.93751] * 7, "max": [0.9375] * 7}
-    card = make_card(config, TRAINING, dataset_meta=dataset_meta(action_range))
+    card = make_card(config, TRAINING, action_range, dataset_meta=DATASET_META)
     assert metadata(card) == {
         "library_name": "lerobot",
         "pipeline_tag": "robotics",
@@ -85,11 +80,11 @@ def test_card_of_the_published_recipe():
     ],
 )
 def test_licence_is_the_base_models(vlm, licence):
-    card = make_card(make_config(vlm), {})
+    card = make_card(make_config(vlm), {}, {})
     assert metadata(card).get("license") == licence
     if licence is None:
         assert "is under the licence that it names" in str(card)
-    card = make_card(make_config(vlm, license="mit"), {})
+    card = make_card(make_config(vlm, license="mit"), {}, {})
     assert metadata(card)["license"] == "mit" and "These weights: mit." in str(card)
 
 
@@ -98,14 +93,16 @@ def test_nothing_of_this_machine(tmp_path):
     config = make_config(tmp_path / "vlm", pretrained_path=tmp_path / "run/last", use_peft=True)
     (tmp_path / "vlm").mkdir()
     card = make_card(
-        config, {**TRAINING, "dataset": {"repo_id": "local/milk"}, "peft": {"method_type": "LORA", "r": 8}}
+        config,
+        {**TRAINING, "dataset": {"repo_id": "local/milk"}, "peft": {"method_type": "LORA", "r": 8}},
+        {},
     )
     assert str(tmp_path) not in str(card) and "`vlm` (not on the Hub)" in str(card)
     assert "base_model" not in metadata(card) and "datasets" not in metadata(card)
     assert "| adapter | LORA, rank 8 |" in str(card) and "lerobot_policy_vla0[peft]" in str(card)
     config = make_config(tmp_path / "vlm", pretrained_path=Path("me/base"), use_peft=True)
-    assert metadata(make_card(config, {}))["base_model_relation"] == "adapter"
-    assert metadata(make_card(config, {}))["base_model"] == "me/base"
+    assert metadata(make_card(config, {}, {}))["base_model_relation"] == "adapter"
+    assert metadata(make_card(config, {}, {}))["base_model"] == "me/base"
 
 
 @pytest.fixture
