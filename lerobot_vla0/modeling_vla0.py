@@ -64,8 +64,8 @@ class VLA0Policy(PreTrainedPolicy):
             add_task_statistics(dataset_meta, names, config.num_bins)
         if config.server is None:
             self.model, self.vlm_processor = backbone.make_vlm(config, vlm_folder)
-            # Read by LeRobot 0.6.2 from the class; which block it is depends on the VLM's family.
-            type(self)._fsdp_wrap_modules = [backbone.family(self.model).block]
+            # LeRobot 0.6.2 reads it from the class, but the name depends on the VLM.
+            type(self)._fsdp_wrap_modules = [backbone.block_name(self.model)]
             self.examples = ExampleMaker(config, self.vlm_processor)
             self.decoder = ChunkDecoder(config, self.model, self.examples)
         elif vlm_folder is None:
@@ -229,12 +229,12 @@ class VLA0Policy(PreTrainedPolicy):
             backbone.save_vlm(self.model, self.vlm_processor, Path(save_directory) / VLM_FOLDER)
 
     def generate_model_card(
-        self, *args: Any, cfg: Any = None, dataset_meta: Any = None, **kwargs: Any
+        self, dataset_repo_id: str, *args: Any, cfg: Any = None, dataset_meta: Any = None, **kwargs: Any
     ) -> ModelCard:
-        """README.md of a push, see convert/card.py. Called by LeRobot 0.6.1 only."""
+        """README.md of a push, see convert/card.py. LeRobot 0.6.2 gives neither `cfg` nor `dataset_meta`."""
         from .convert.card import push_card  # nothing but a push needs it
 
-        return push_card(self.config, cfg, dataset_meta)
+        return push_card(self.config, dataset_repo_id, cfg, dataset_meta)
 
     @classmethod
     def from_pretrained(
@@ -247,8 +247,8 @@ class VLA0Policy(PreTrainedPolicy):
         **kwargs: Any,
     ) -> Self:
         """Loads a checkpoint folder or Hub repo; needs neither the base VLM nor, for a folder, the network.
-        An adapter is merged into its base. A bare VLM gives a fresh policy: LeRobot asks for one when it loads
-        an adapter that was trained on a VLM.
+        An adapter is merged into its base. A bare VLM gives a fresh policy: LeRobot asks for one when it
+        loads an adapter that was trained on a VLM.
 
         Args:
             config: overrides the checkpoint's own.

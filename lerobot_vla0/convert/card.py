@@ -42,23 +42,25 @@ NO_EVALUATION = f"""\
 
 None yet. `lerobot-vla0 eval` measures, `lerobot-vla0 card` enters it here.
 {END}"""
-# Two parts of LeRobot's template (Jinja) are ours: what stands before its section "Model Details" ...
+# Our parts of the card, in Jinja as LeRobot's template. ABOUT comes before its section "Model Details"; MADE
+# takes the place of its section "Evaluation", which is empty.
 ABOUT = """\
-[VLA-0](https://arxiv.org/abs/2510.13054): an unmodified vision-language model that looks at the cameras, reads
-the instruction and writes the next {{ config.chunk_size }} actions as {{ config.chunk_size * dim }} integers \
-from 0 to {{ config.num_bins }}. A policy for LeRobot, with its plugin `lerobot_policy_vla0`:
+[VLA-0](https://arxiv.org/abs/2510.13054): an unmodified vision-language model that looks at the cameras,
+reads the instruction and writes the next {{ config.chunk_size }} actions \
+as {{ config.chunk_size * dim }} integers from 0 to {{ config.num_bins }}. A policy for LeRobot,
+with its plugin `lerobot_policy_vla0`:
 
 ```python
 import lerobot_vla0  # pip install "lerobot_policy_vla0{{ '[peft]' if config.use_peft }}"
 agent = lerobot_vla0.Agent.from_pretrained("{{ path }}")
-action = agent.act(observation, "pick up the milk and place it in the basket")  # ({{ dim }},), robot's units
+action = agent.act(observation, "pick up the milk and place it in the basket")  # ({{ dim }},)
 ```
 
-`observation` holds `{{ config.camera_keys | join("`, `") }}`{{ " and the robot's state" if config.use_state }} \
-as uint8 images (H, W, 3). With LeRobot's scripts: `--policy.path={{ path }}`.
+`observation` holds `{{ config.camera_keys | join("`, `") }}` as uint8 images (H, W, 3)\
+{{ " and the robot's state" if config.use_state }}; `action` is in the robot's units.
+With LeRobot's scripts: `--policy.path={{ path }}`.
 
 """
-# ... and what stands in place of its section "Evaluation", which is empty.
 MADE = """\
 ## How it was made
 
@@ -67,15 +69,16 @@ MADE = """\
 | base model | {{ vlm }}, trained in {{ config.dtype }} |
 {% if trained_from %}| trained on from | {{ trained_from }} |
 {% endif %}{% if data_set %}| data set | {{ data_set }} |
-{% endif %}{% if config.use_peft and peft %}| adapter | {{ peft.method_type }}, rank {{ peft.r }} |
-{% endif %}| pictures | {{ config.camera_keys | join(", ") }}: crop {{ config.crop_ratio }} (random in training), \
-{{ config.image_size }}×{{ config.image_size }} pixels, \
+{% endif %}{% if peft %}| adapter | {{ peft.method_type }}, rank {{ peft.r }} |
+{% endif %}| pictures | {{ config.camera_keys | join(", ") }}: \
+crop {{ config.crop_ratio }} (random in training), {{ config.image_size }}×{{ config.image_size }} pixels, \
 {{ "side by side in one picture" if config.tile_images else "one picture each" }}; \
 colour jitter {{ config.jitter }} |
 | masked action augmentation | up to {{ config.action_mask_prob }} of the characters; \
 {{ config.action_mask_skip_prob }} of the examples without |
 | action normalisation | {{ normalisation }} of \
-{{ "each instruction's" if config.action_norm == "task" else "the data set's" }} actions → 0..{{ config.num_bins }} |
+{{ "each instruction's" if config.action_norm == "task" else "the data set's" }} actions \
+→ 0..{{ config.num_bins }} |
 {% for name, values in action_range.items() %}| action {{ name }} | {{ values }} |
 {% endfor %}
 {{ evaluation }}
@@ -132,13 +135,14 @@ def write_card(config: CardConfig) -> Path:
     return file
 
 
-def push_card(config: VLA0Config, pipeline: Any, dataset_meta: Any) -> ModelCard:
+def push_card(config: VLA0Config, repo_id: str, pipeline: Any, dataset_meta: Any) -> ModelCard:
     """The card of a push. Warns if an adapter's base is a folder of this machine.
 
     Args:
         config: of the policy.
+        repo_id: of the data set.
         pipeline: lerobot-train's TrainPipelineConfig, or None.
-        dataset_meta: LeRobotDatasetMetadata of what was trained on, or None.
+        dataset_meta: LeRobotDatasetMetadata of the data set, or None.
     """
     base = str(config.pretrained_path or config.vlm)
     if config.use_peft and Path(base).is_dir():
@@ -147,11 +151,9 @@ def push_card(config: VLA0Config, pipeline: Any, dataset_meta: Any) -> ModelCard
             f"base, too, and name it as base_model_name_or_path in {ADAPTER_CONFIG}, or push what "
             "`lerobot-vla0 merge` writes."
         )
-    training = {} if pipeline is None else draccus.encode(pipeline)
-    action_range = {}
-    if dataset_meta is not None:
-        names = STATISTICS[config.normalization_mapping["ACTION"]]
-        action_range = {name: dataset_meta.stats[ACTION][name] for name in names}
+    training = {"dataset": {"repo_id": repo_id}} if pipeline is None else draccus.encode(pipeline)
+    names = STATISTICS[config.normalization_mapping["ACTION"]] if dataset_meta is not None else ()
+    action_range = {name: dataset_meta.stats[ACTION][name] for name in names}
     return make_card(config, training, action_range, dataset_meta=dataset_meta)
 
 
@@ -163,7 +165,8 @@ def make_card(
     dataset_meta: Any = None,
     results: str | None = None,
 ) -> ModelCard:
-    """LeRobot's card with our parts. Asks no server, as LeRobot's own function does.
+    """LeRobot's template with our parts. LeRobot's own function takes objects that a checkpoint folder does
+    not hold, and asks the Hub to check the card.
 
     Args:
         config: of the policy, as it is saved.
@@ -172,61 +175,54 @@ def make_card(
         dataset_meta: LeRobotDatasetMetadata of what was trained on; None if unknown.
         results: the section that `evaluation` returns.
     """
+    data_set = (training.get("dataset") or {}).get("repo_id")
+    licence, name = _licence(config.vlm)
+    terms = f"the {name}, which binds what is trained from it" if licence else "the licence that it names"
+    context = {
+        "model_name": config.type,
+        "license": f"The base model {_shown(config.vlm)} is under {terms}."
+        + (f" These weights: {config.license}." if config.license else ""),
+        "base_model": None,  # the template recommends it as --policy.path, but a VLM is no policy
+        "policy_repo_id": config.repo_id,
+        "cameras": [key.rpartition(".")[2] for key in config.camera_keys],
+        "input_features": config.input_features,
+        "output_features": config.output_features,
+    }
+    if training.get("steps"):
+        optimizer = training.get("optimizer") or {}
+        context["training"] = training | {
+            "optimizer": optimizer.get("type"),
+            "lr": optimizer.get("lr"),
+            "lerobot_version": lerobot.__version__,
+        }
+    if dataset_meta is not None:
+        context["robot_type"] = dataset_meta.robot_type
+        context["dataset"] = {
+            "repo_id": data_set,
+            "episodes": dataset_meta.total_episodes,
+            "frames": dataset_meta.total_frames,
+            "fps": dataset_meta.fps,
+            "tasks": list(dataset_meta.tasks.index),
+        }
     template = files("lerobot.templates") / "lerobot_modelcard_template.md"
     top, heading, rest = template.read_text(encoding="utf-8").partition("## Model Details\n")
     details, _, rest = rest.partition("## Evaluation\n")
     _, line, citation = rest.partition("\n---\n")
-    data_set = (training.get("dataset") or {}).get("repo_id")
-    licence, licence_name = _licence(config.vlm)
-    terms = (
-        f"the {licence_name}, which binds what is trained from it" if licence else "the licence that it names"
-    )
     return ModelCard.from_template(
         _metadata(config, licence, data_set),
         template_str=top + ABOUT + heading + details + MADE + line + citation,
+        **context,
         config=config,
         dim=config.action_feature.shape[0],
         path=config.repo_id or "<this folder>",
         vlm=_shown(config.vlm),
         trained_from=_shown(config.pretrained_path) if _is_repo(config.pretrained_path) else None,
         data_set=_shown(data_set, "datasets/") if data_set and dataset_meta is None else None,
-        peft=training.get("peft"),
+        peft=training.get("peft") if config.use_peft else None,
         normalisation=NORMALISATION[config.normalization_mapping["ACTION"]],
-        action_range={name: [round(float(v), 4) for v in values] for name, values in action_range.items()},
+        action_range={key: [round(float(v), 4) for v in values] for key, values in action_range.items()},
         evaluation=results or NO_EVALUATION,
-        # Names of LeRobot's template from here on.
-        model_name=config.type,
-        license=f"The base model {_shown(config.vlm)} is under {terms}."
-        + (f" These weights: {config.license}." if config.license else ""),
-        base_model=None,  # would be recommended as --policy.path, but a VLM is no policy
-        policy_repo_id=config.repo_id,
-        cameras=[key.rpartition(".")[2] for key in config.camera_keys],
-        input_features=config.input_features,
-        output_features=config.output_features,
-        **_training_fields(training, dataset_meta),
     )
-
-
-def _training_fields(training: dict[str, Any], dataset_meta: Any) -> dict[str, Any]:
-    """What LeRobot's template shows of training and data set, as far as it is known."""
-    fields: dict[str, Any] = {}
-    if training.get("steps"):
-        optimizer = training.get("optimizer") or {}
-        fields["training"] = {name: training.get(name) for name in ("steps", "batch_size", "seed")} | {
-            "optimizer": optimizer.get("type"),
-            "lr": optimizer.get("lr"),
-            "lerobot_version": lerobot.__version__,
-        }
-    if dataset_meta is not None:
-        fields["robot_type"] = dataset_meta.robot_type
-        fields["dataset"] = {
-            "repo_id": dataset_meta.repo_id,
-            "episodes": dataset_meta.total_episodes,
-            "frames": dataset_meta.total_frames,
-            "fps": dataset_meta.fps,
-            "tasks": list(dataset_meta.tasks.index),
-        }
-    return fields
 
 
 def _metadata(config: VLA0Config, licence: str | None, data_set: str | None) -> ModelCardData:

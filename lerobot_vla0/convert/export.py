@@ -109,7 +109,7 @@ def action_spec(folder: Path, config: VLA0Config, chat: Any) -> dict[str, Any]:
         "spec_version": SPEC_VERSION,
         "messages": chat.messages("{instruction}"),
         "regex": chat.grammar.regex,
-        "max_tokens": max_tokens(config),
+        "max_tokens": chat.grammar.max_tokens,
         "chunk_size": config.chunk_size,
         "action_dim": config.action_feature.shape[0],
         "num_bins": config.num_bins,
@@ -136,8 +136,3 @@ def action_spec(folder: Path, config: VLA0Config, chat: Any) -> dict[str, Any]:
             "state": state,
         },
     }
-
-
-def max_tokens(config: VLA0Config) -> int:
-    """Upper bound of an answer's length: every integer with all its digits and a separator."""
-    return config.chunk_size * config.action_feature.shape[0] * (len(str(config.num_bins)) + 1)
