@@ -111,8 +111,7 @@ class VLA0Policy(PreTrainedPolicy):
         return adapters.default_targets(self.model)
 
     def _validate_peft_config(self, peft_config: Any) -> None:
-        """LeRobot refuses to train adapters on a fresh policy, which for other policies has random weights;
-        this one is a pretrained VLM."""
+        """Allows what LeRobot refuses, adapters on a fresh policy: this one is a pretrained VLM."""
 
     def forward(self, batch: dict[str, Any], reduction: str = "mean") -> tuple[Tensor, dict[str, Any]]:
         """Cross-entropy of the answer's tokens. Augmented if and only if the policy is in training mode.
@@ -252,7 +251,7 @@ class VLA0Policy(PreTrainedPolicy):
 
         Args:
             config: overrides the checkpoint's own.
-            kwargs: force_download, cache_dir, local_files_only, token of the Hub; or arguments of the class.
+            kwargs: force_download, cache_dir, local_files_only, token of the Hub; arguments of the class.
 
         Raises:
             FileNotFoundError: a file of the checkpoint is missing.

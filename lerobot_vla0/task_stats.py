@@ -12,13 +12,11 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-from lerobot.configs import FeatureType, NormalizationMode
+from lerobot.configs import FeatureType, NormalizationMode, PreTrainedConfig
 from lerobot.lerobot_types import EnvTransition, TransitionKey
 from lerobot.processor import NormalizerProcessorStep
 from lerobot.utils.constants import ACTION
 from torch import Tensor
-
-from .configuration_vla0 import VLA0Config
 
 PREFIX = f"{ACTION}.task."
 # In a batch: (B, 2, D), the actions that each row's lowest and highest integer mean, in [-1, 1] of the data
@@ -32,7 +30,9 @@ STATISTICS = {
 QUANTILES = {"min": 0.0, "max": 1.0, "q01": 0.01, "q99": 0.99, "q10": 0.1, "q90": 0.9}
 
 
-def check_action_statistics(config: VLA0Config, stats: dict[str, dict[str, Any]] | None, where: str) -> None:
+def check_action_statistics(
+    config: PreTrainedConfig, stats: dict[str, dict[str, Any]] | None, where: str
+) -> None:
     """Raises ValueError if `stats` cannot un-normalise actions: a robot must never get un-normalised
     commands."""
     needed = STATISTICS[config.normalization_mapping["ACTION"]]
