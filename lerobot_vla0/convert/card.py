@@ -87,8 +87,8 @@ colour jitter {{ config.jitter }} |
 
 @dataclass(kw_only=True)
 class CardConfig(PolicyOptions):
-    """What the card is of: `--policy.path=` names a checkpoint folder. Of a README.md that is there, only the
-    evaluation is changed."""
+    """`--policy.path=` names the checkpoint folder that the card describes. If there is a README.md already,
+    only its evaluation section is changed."""
 
     # Results folder of `lerobot-vla0 eval`.
     results: Path | None = None
@@ -106,7 +106,8 @@ class CardConfig(PolicyOptions):
 
 
 def write_card(config: CardConfig) -> Path:
-    """Writes README.md, or renews the evaluation in the one that is there, and returns its path.
+    """Writes README.md and returns its path. In a README.md that exists, the evaluation section is replaced,
+    or appended if there is none.
 
     Raises:
         ValueError: no policy, one of another type, or a results folder without a finished episode.
@@ -127,7 +128,8 @@ def write_card(config: CardConfig) -> Path:
     else:
         training = folder / "train_config.json"
         training = json.loads(training.read_text()) if training.is_file() else {}
-        saved = PreTrainedConfig.from_pretrained(folder)  # its pretrained_path is what it was trained from
+        # Read again, because `pretrained_path` of config.policy is the checkpoint itself, not its base.
+        saved = PreTrainedConfig.from_pretrained(folder)
         text = str(make_card(saved, training, _saved_range(folder), results=results))
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(text)
@@ -176,7 +178,8 @@ def make_card(
         results: the section that `evaluation` returns.
     """
     data_set = (training.get("dataset") or {}).get("repo_id")
-    licence, name = _licence(config.vlm)
+    found = (names for pattern, names in LICENCES.items() if re.fullmatch(pattern, str(config.vlm)))
+    licence, name = next(found, (None, ""))
     terms = f"the {name}, which binds what is trained from it" if licence else "the licence that it names"
     context = {
         "model_name": config.type,
@@ -232,9 +235,9 @@ def _metadata(config: VLA0Config, licence: str | None, data_set: str | None) -> 
         settings = {
             "license": "other",
             "license_name": settings["license"],
-            "license_link": f"{_link(config.vlm)}/blob/main/LICENSE",
+            "license_link": f"https://huggingface.co/{config.vlm}/blob/main/LICENSE",
         }
-    # A resumed run's own checkpoint is no base.
+    # After a resumed run, pretrained_path is the run's own checkpoint folder.
     base = config.pretrained_path if _is_repo(config.pretrained_path) else config.vlm
     if _is_repo(base):
         settings["base_model"] = str(base)
@@ -249,10 +252,11 @@ def _metadata(config: VLA0Config, licence: str | None, data_set: str | None) -> 
 
 
 def evaluation(folder: Path) -> str:
-    """The card's section from a results folder of `lerobot-vla0 eval`: success by suite, with intervals.
+    """The card's section "Evaluation" from a results folder of `lerobot-vla0 eval`: success rates by suite,
+    with 95 % intervals.
 
     Raises:
-        FileNotFoundError: no such results.
+        FileNotFoundError: the folder holds no results.
         ValueError: no finished episode.
     """
     settings = Path(folder) / "settings.json"
@@ -298,23 +302,17 @@ def _saved_range(folder: Path) -> dict[str, Any]:
     return {name: state[f"action.{name}"].tolist() for name in names if f"action.{name}" in state}
 
 
-def _licence(vlm: str) -> tuple[str | None, str]:
-    return next((found for pattern, found in LICENCES.items() if re.fullmatch(pattern, str(vlm))), (None, ""))
-
-
 def _is_repo(name: Any) -> bool:
-    """Whether it can be a Hub repo: owner/name, no folder here, and no recording ("local/...")."""
+    """Whether a name can be a Hub repo: owner/name, no folder on this machine, and not "local/...", which
+    `lerobot-vla0 record` names its data sets."""
     name = str(name)
     named = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("local/")
     return bool(named) and not Path(name).exists()
 
 
-def _link(name: Any) -> str:
-    return f"https://huggingface.co/{name}"
-
-
 def _shown(name: Any, kind: str = "") -> str:
-    """A link to the Hub; of a folder only its name, because its path is private."""
+    """A link to the Hub, or the name of a folder: its path says where a user keeps files. `kind` is
+    "datasets/" for a data set."""
     if _is_repo(name):
-        return f"[{name}]({_link(f'{kind}{name}')})"
+        return f"[{name}](https://huggingface.co/{kind}{name})"
     return f"`{Path(str(name)).name}` (not on the Hub)"

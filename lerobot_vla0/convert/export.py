@@ -14,7 +14,7 @@ from ..options import PolicyOptions
 
 ACTION_SPEC = "action_spec.json"
 SPEC_VERSION = 1
-SHARD_BYTES = 2 * 1024**3
+SHARD_BYTES = 2 * 1024**3  # largest file of weights
 
 
 @dataclass(kw_only=True)
@@ -27,8 +27,8 @@ class ExportConfig(PolicyOptions):
 
 def export(config: ExportConfig) -> Path:
     """Writes the folder to `config.out` and returns it. `AutoModelForImageTextToText` and `AutoProcessor`
-    load it, and so do `transformers serve`, `vllm serve` and `sglang.launch_server`. All or nothing: it is
-    written beside `out` and renamed at the end.
+    load it, and so do `transformers serve`, `vllm serve` and `sglang.launch_server`. An export that fails
+    leaves nothing behind.
 
     Raises:
         FileExistsError: `out` exists and is not empty.
@@ -64,17 +64,19 @@ def write_export(folder: Path, config: VLA0Config, out: Path) -> None:
     from ..families import family
     from ..modeling_vla0 import VLA0Policy
 
-    policy = VLA0Policy.from_pretrained(folder, config=replace(config, device="cpu", server=None))
+    on_cpu = replace(config, device="cpu", attn_implementation=None, server=None)
+    policy = VLA0Policy.from_pretrained(folder, config=on_cpu)
     model, processor, chat = policy.model, policy.vlm_processor, policy.examples.chat
     (out / ACTION_SPEC).write_text(json.dumps(action_spec(folder, config, chat), indent=2))
-    # Engines apply it without being asked; the base model's may ask for sampling and a repetition penalty.
+    # Serving engines apply generation_config.json to every request. The base model's may ask for sampling
+    # and a repetition penalty.
     model.generation_config = GenerationConfig(
         do_sample=False, eos_token_id=chat.end_id, pad_token_id=chat.pad_id
     )
-    # The model's own names of the tensors: engines read them as well as those of Transformers before 4.52.
+    # Tensors are named as in the model; by default Transformers writes the names from before its version
+    # 4.52.
     model.save_pretrained(out, max_shard_size=SHARD_BYTES, save_original_format=False)
-    # Engines know nothing of our settings: the template and the processor do by default what they were
-    # trained with.
+    # Engines do not know the settings in `config`, so chat template and processor get them as their defaults.
     template = processor.chat_template
     if "add_vision_id" in template:
         template = "{% set add_vision_id = " + str(config.add_vision_id).lower() + " %}" + template
@@ -83,12 +85,13 @@ def write_export(folder: Path, config: VLA0Config, out: Path) -> None:
     processor.chat_template = processor.tokenizer.chat_template = template
     family(processor).pin_picture_size(processor, *chat.picture_size)
     processor.save_pretrained(out)
-    # Where Transformers 4 (and engines built on it) look.
+    # preprocessor_config.json, which Transformers 4 and engines built on it read.
     processor.image_processor.save_pretrained(out)
 
 
 def action_spec(folder: Path, config: VLA0Config, chat: Any) -> dict[str, Any]:
-    """What a client needs besides the model, and, under `checkpoint`, all else that the checkpoint holds."""
+    """Content of action_spec.json: what a client needs besides the model and, under `checkpoint`, the files
+    of the checkpoint that Transformers' folder does not hold, for `lerobot-vla0 import`."""
     state = {}
     for file in sorted(folder.glob("policy_*.safetensors")):
         with safe_open(file, framework="pt") as tensors:

@@ -4,8 +4,8 @@
 import argparse
 import json
 import shutil
-from dataclasses import dataclass, fields
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import torch
 import yaml
@@ -19,16 +19,8 @@ from .export import ACTION_SPEC, SPEC_VERSION
 from .import_peer import LIBERO_CAMERAS, PeerOptions, import_peer
 from .weights import copy_weights
 
+# What is downloaded of a Hub repo.
 FILES = ["*.json", "*.safetensors", "*.yaml", "dataset_stats.pkl", "*.jinja", "*merges.txt"]
-
-
-@dataclass(kw_only=True)
-class ImportConfig(PeerOptions):
-    """What to import, `revision` of a folder or Hub repo, and the folder to write."""
-
-    source: str
-    out: Path
-    revision: str | None = None
 
 
 def main(argv: list[str]) -> None:
@@ -59,11 +51,17 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--chunk_size", type=int, help="timesteps per prediction" + unsaid.format(8))
     parser.add_argument("--image_size", type=int, help="pixels per camera" + unsaid.format(224))
     parser.add_argument("--crop_ratio", type=float, help="share of a picture kept" + unsaid.format(0.875))
-    import_checkpoint(ImportConfig(**vars(parser.parse_args(argv))))
+    import_checkpoint(**vars(parser.parse_args(argv)))
 
 
-def import_checkpoint(options: ImportConfig) -> Path:
-    """Writes the checkpoint, processors included, to `options.out` and returns it. Weights keep their type.
+def import_checkpoint(source: str, out: Path, *, revision: str | None = None, **options: Any) -> Path:
+    """Writes the checkpoint, processors included, to `out` and returns it. Weights keep their type.
+
+    Args:
+        source: folder or Hub repo, a run or the model's folder in it.
+        out: a folder that is not there, or empty.
+        revision: commit, branch or tag of the Hub repo.
+        options: see PeerOptions.
 
     Raises:
         FileExistsError: `out` exists and is not empty.
@@ -71,26 +69,26 @@ def import_checkpoint(options: ImportConfig) -> Path:
         ValueError: a layout that is none of the four, a setting that this package does not have, or weights
             that do not fit the model's config.
     """
-    cameras = options.cameras
+    peer, cameras = PeerOptions(**options), options.get("cameras")
     if cameras is not None and not (isinstance(cameras, list) and all(isinstance(c, str) for c in cameras)):
         raise ValueError(f"--cameras={cameras!r} is not allowed: it must be a list, '[first, second]'.")
-    with new_folder(options.out) as out:
-        folder = _find(options.source, options.revision)
+    with new_folder(out) as part:
+        folder = _find(source, revision)
         if (folder / ACTION_SPEC).is_file():
-            for option in fields(PeerOptions):
-                if getattr(options, option.name) is not None:
+            for name, value in vars(peer).items():
+                if value is not None:
                     raise ValueError(
-                        f"--{option.name} does not apply here: {folder / ACTION_SPEC} records how the model "
-                        "was trained. Leave it out."
+                        f"--{name} does not apply here: {folder / ACTION_SPEC} records how the model was "
+                        "trained. Leave it out."
                     )
-            _import_exported(folder, out)
+            _import_exported(folder, part)
             message = "Imported an exported checkpoint."
         else:
-            message = import_peer(folder, options, out)
-        saved = PreTrainedConfig.from_pretrained(out)
-        check_checkpoint(out, saved, saved)
-    print(f"{message}\nWrote {options.out}")
-    return Path(options.out)
+            message = import_peer(folder, peer, part)
+        saved = PreTrainedConfig.from_pretrained(part)
+        check_checkpoint(part, saved, saved)
+    print(f"{message}\nWrote {out}")
+    return Path(out)
 
 
 def _find(source: str, revision: str | None) -> Path:
@@ -106,7 +104,8 @@ def _find(source: str, revision: str | None) -> Path:
 
 
 def _import_exported(folder: Path, out: Path) -> None:
-    """Undoes `lerobot-vla0 export`: action_spec.json holds the files that Transformers' folder does not."""
+    """Undoes `lerobot-vla0 export`. action_spec.json holds the files of the checkpoint that Transformers'
+    folder does not."""
     try:
         spec = json.loads((folder / ACTION_SPEC).read_text())
         version, files, state = spec["spec_version"], spec["checkpoint"]["files"], spec["checkpoint"]["state"]

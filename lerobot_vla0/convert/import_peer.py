@@ -67,9 +67,9 @@ def import_peer(folder: Path, options: PeerOptions, out: Path) -> str:
         ) from error
     config_file = next((path / "config.yaml" for path in near if (path / "config.yaml").is_file()), None)
     if config_file is not None:
-        config, origin = _original(config_file, options), "NVlabs/vla0"
+        config, origin = _nvlabs_config(config_file, options), "NVlabs/vla0"
     elif stats_file.suffix == ".json":
-        config, origin = _without_config(options, len(stats["min"]), processor), "vla0-trl or TinyVLA"
+        config, origin = _default_config(options, len(stats["min"]), processor), "vla0-trl or TinyVLA"
     else:
         raise FileNotFoundError(
             f"{folder} has no config.yaml, which says how the model of {stats_file.name} was trained. "
@@ -97,7 +97,8 @@ def import_peer(folder: Path, options: PeerOptions, out: Path) -> str:
 
 
 def _model_folder(folder: Path) -> Path:
-    """Where Transformers wrote the model: here, or in the sub-folder that the three codes write."""
+    """The folder that Transformers wrote: `folder` itself, or a sub-folder of it as the three codes name
+    them; of several checkpoint-N the last."""
     steps = sorted(
         (p for p in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)),
         key=lambda p: int(p.name.removeprefix("checkpoint-")),
@@ -122,6 +123,7 @@ def _model_folder(folder: Path) -> Path:
 
 
 def _stats_file(given: Path | None, near: list[Path]) -> Path:
+    """The file with the statistics of the actions: the one that is given, or the first found in `near`."""
     if given is not None:
         if not Path(given).is_file():
             raise FileNotFoundError(f"--stats={str(given)!r} is not there.")
@@ -137,7 +139,7 @@ def _stats_file(given: Path | None, near: list[Path]) -> Path:
 
 
 class _YacsLoader(yaml.SafeLoader):
-    """yacs writes Python's tuples, which YAML does not know."""
+    """Reads Python tuples, too, which yacs writes under a tag that YAML's safe loader does not know."""
 
 
 _YacsLoader.add_constructor(
@@ -145,9 +147,11 @@ _YacsLoader.add_constructor(
 )
 
 
-def _original(file: Path, options: PeerOptions) -> VLA0Config:
-    """Settings of NVlabs/vla0, from the config that its training wrote: MODEL.QWEN of the model, and
-    DATALOADER.ROBOVERSE.cfg_opts ("IMAGE.crop_img:0.875:IMAGE.img_size:224:...") of the pictures."""
+def _nvlabs_config(file: Path, options: PeerOptions) -> VLA0Config:
+    """Settings of NVlabs/vla0, from the config.yaml that its training wrote. MODEL.QWEN holds those of the
+    model, DATALOADER.ROBOVERSE.cfg_opts those of the pictures
+    ("IMAGE.crop_img:0.875:IMAGE.img_size:224:...").
+    """
 
     def must(name: str, value: Any, allowed: Any) -> None:
         if value != allowed:
@@ -191,11 +195,11 @@ def _original(file: Path, options: PeerOptions) -> VLA0Config:
     )  # fmt: skip
 
 
-def _without_config(options: PeerOptions, dim: int, processor: Any) -> VLA0Config:
-    """Settings of vla0-trl and TinyVLA: their defaults, but for the options."""
+def _default_config(options: PeerOptions, dim: int, processor: Any) -> VLA0Config:
+    """Settings of vla0-trl and TinyVLA: the options, and their code's defaults for the rest."""
     size, horizon = options.image_size or 224, options.chunk_size or 8
     cameras = options.cameras or list(LIBERO_CAMERAS.values())
-    # What they do record is how many pixels a picture has.
+    # The number of pixels of a picture is recorded, so that wrong options are noticed.
     pixels, expected = processor.image_processor.size["shortest_edge"], size * size * len(cameras)
     if pixels != expected:
         raise ValueError(
@@ -211,6 +215,7 @@ def _without_config(options: PeerOptions, dim: int, processor: Any) -> VLA0Confi
 
 
 def _config(cameras: list[str], dim: int, **settings: Any) -> VLA0Config:
+    """The policy's config with its features: images of `cameras` and actions of `dim` numbers."""
     pixels = (3, CAMERA_SIDE, CAMERA_SIDE)
     return VLA0Config(
         cameras=cameras,
