@@ -1,23 +1,20 @@
 """VLA-0 for LeRobot. Importing this registers `--policy.type=vla0` and `--env.type=vla0_libero`.
 
-Stays light: neither transformers nor a simulator is imported that LeRobot has not imported already.
+The import is light: it loads neither transformers nor a simulator.
 """
 
-import sys
 from importlib import import_module
 
 import gymnasium
+from wrapt import register_post_import_hook
 
 from .configuration_vla0 import VLA0Config
 
-# LeRobot finds policy and processor by module name when it needs them. What it looks up in registries must be
-# registered here, but the registries' own modules import transformers: join in only where they are loaded
-# (they are in each of LeRobot's scripts; in Python, `import lerobot_vla0.libero` after the fact does the
-# same).
-if "lerobot.processor" in sys.modules:
-    import_module(f"{__name__}.processor_vla0")
-if "lerobot.envs.configs" in sys.modules:
-    import_module(f"{__name__}.libero")
+# LeRobot finds the policy and its processors by module name. Processor steps and environment configs must be
+# in LeRobot's registries, whose modules import transformers: ours are registered when those are imported, at
+# once if they have been already.
+register_post_import_hook(lambda _: import_module(f"{__name__}.processor_vla0"), "lerobot.processor")
+register_post_import_hook(lambda _: import_module(f"{__name__}.libero"), "lerobot.envs.configs")
 
 # An entry point by name: the simulator is imported when the first environment is made.
 gymnasium.register("lerobot_vla0/Libero-v0", entry_point="lerobot_vla0.libero.env:LiberoEnv")

@@ -1,5 +1,8 @@
-"""What a checkpoint folder must hold: config.json, model.safetensors, vlm/ and the two processors; or, after
-training with PEFT, adapter_model.safetensors and adapter_config.json, which names the base, and the rest."""
+"""Checkpoints: what a path holds, and whether it is complete.
+
+A checkpoint is a folder or a Hub repo with config.json, model.safetensors, vlm/ and the two processors; after
+training with PEFT, adapter_model.safetensors and adapter_config.json take the place of the weights.
+"""
 
 import json
 import logging
@@ -7,26 +10,27 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from lerobot.configs import PreTrainedConfig
 from lerobot.utils.constants import POLICY_POSTPROCESSOR_DEFAULT_NAME
-from safetensors import safe_open
-from torch import nn
+from safetensors import SafetensorError, safe_open
 
-from .processor_vla0 import check_action_statistics
+from .task_stats import check_action_statistics
 
 VLM_FOLDER = "vlm"  # config, tokenizer and image processor of the VLM
 WEIGHTS = "model.safetensors"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# Arguments of `from_pretrained` that are handed to the Hub's client.
+HUB_OPTIONS = ("force_download", "cache_dir", "local_files_only", "token")
 
 
 @contextmanager
 def new_folder(out: str | Path) -> Iterator[Path]:
-    """A folder to write into, which becomes `out` when all is written, and is removed when that fails.
+    """Gives a folder to write into. It is renamed to `out` when the block ends, and removed if it fails.
 
     Raises:
         FileExistsError: `out` exists and is not empty.
@@ -37,10 +41,10 @@ def new_folder(out: str | Path) -> Iterator[Path]:
             f"out={str(out)!r} exists and is not empty. Choose another folder or remove it."
         )
     out.parent.mkdir(parents=True, exist_ok=True)
-    # Beside `out`: a folder can be renamed on one file system only.
+    # Beside `out`, because a folder can only be renamed within one file system.
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}-partial-", dir=out.parent))
     try:
-        partial.chmod(0o755)  # mkdtemp's is for its owner alone
+        partial.chmod(0o755)  # mkdtemp gives access to the owner only
         yield partial
         partial.replace(out)
     except BaseException:
@@ -48,30 +52,45 @@ def new_folder(out: str | Path) -> Iterator[Path]:
         raise
 
 
-def import_peft() -> ModuleType:
-    """The optional package peft.
+@contextmanager
+def readable(file: str | Path) -> Iterator[None]:
+    """Around loading weights: turns the loader's errors into one that names the file.
 
     Raises:
-        ImportError: it is not installed.
+        ValueError: the file is truncated, or its tensors do not fit.
     """
     try:
-        import peft
-    except ImportError as error:
-        raise ImportError('adapters need peft: pip install "lerobot_policy_vla0[peft]"') from error
-    return peft
+        yield
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(
+            f"{file} could not be loaded ({str(error).splitlines()[0]}). The file is truncated or belongs to "
+            "another model: copy or download it again."
+        ) from error
 
 
-def is_bare_vlm(path: str | Path, **hub: Any) -> bool:
-    """Whether a folder or Hub repo holds a VLM as Transformers writes it, and no policy.
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a path or Hub id holds."""
+
+    kind: Literal["policy", "adapter", "vlm"]  # "vlm": a model as Transformers writes it, and no policy
+    path: str  # as it was given
+    revision: str | None  # of a Hub repo
+    folder: Path  # on this machine; of a VLM on the Hub, it holds config.json only
+
+
+def find_checkpoint(path: str | Path, *, weights: bool = True, **hub: Any) -> Checkpoint:
+    """Finds out what a folder or Hub repo holds, and downloads a policy's or adapter's files.
 
     Args:
+        weights: download the weights, too; otherwise, of the tensors, only the processors' statistics.
         hub: revision, token, cache_dir, ..., as `hf_hub_download` takes them.
 
     Raises:
         FileNotFoundError: it is no folder, and no repo that can be read.
     """
+    local = Path(path).is_dir()
     file = Path(path) / "config.json"
-    if not Path(path).is_dir():
+    if not local:
         try:
             file = Path(hf_hub_download(str(path), "config.json", **hub))
         except (OSError, ValueError) as error:
@@ -79,37 +98,15 @@ def is_bare_vlm(path: str | Path, **hub: Any) -> bool:
                 f"{str(path)!r} is neither a folder nor a Hub repo that can be read "
                 f"({str(error).splitlines()[0]})."
             ) from error
-    return file.is_file() and "model_type" in json.loads(file.read_text())
-
-
-def check_adapter(policy: nn.Module, adapter: str | Path, base: str | Path, **hub: Any) -> None:
-    """Refuses a LoRA adapter that was trained on another architecture than `policy`'s; PEFT itself only warns
-    about layers that it cannot place.
-
-    Raises:
-        ValueError: a layer of the adapter is missing in the policy or has another size.
-    """
-    file = Path(adapter) / ADAPTER_WEIGHTS
-    if not Path(adapter).is_dir():
-        file = Path(hf_hub_download(str(adapter), ADAPTER_WEIGHTS, **hub))
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} is missing: {adapter} holds no adapter. Copy or download all of it.")
-    modules = dict(policy.named_modules())
-    with safe_open(file, framework="pt") as tensors:
-        for name in tensors.keys():  # noqa: SIM118 (not a dict)
-            layer, _, part = name.removeprefix("base_model.model.").rpartition(".lora_")
-            if part not in ("A.weight", "B.weight"):
-                continue
-            shape = tensors.get_slice(name).get_shape()  # (r, in) and (out, r)
-            axis, size = (1, "in_features") if part == "A.weight" else (0, "out_features")
-            expected = getattr(modules.get(layer), size, None)
-            if expected != shape[axis]:
-                there = "does not have" if layer not in modules else f"has with {size}={expected}"
-                raise ValueError(
-                    f"the adapter {adapter} does not fit its base {base}: it was trained on a model with a "
-                    f"layer {layer} of {size}={shape[axis]}, which the base {there}. Correct "
-                    f"base_model_name_or_path in {ADAPTER_CONFIG}, or put the right model there."
-                )
+    kind, folder = "policy", file.parent
+    if file.is_file() and "model_type" in json.loads(file.read_text()):
+        kind = "vlm"
+    elif not local:
+        tensors = "*.safetensors" if weights else "policy_*.safetensors"
+        folder = Path(snapshot_download(str(path), allow_patterns=["*.json", tensors], **hub))
+    if kind == "policy" and (folder / ADAPTER_CONFIG).is_file():
+        kind = "adapter"
+    return Checkpoint(kind, str(path), hub.get("revision"), folder)
 
 
 def check_checkpoint(
@@ -152,7 +149,7 @@ def check_checkpoint(
             f"action_norm={config.action_norm!r} differs from the checkpoint's {saved.action_norm!r} "
             f"({folder}): the integers would mean other actions. Leave action_norm out."
         )
-    # A postprocessor without statistics would pass [-1, 1] on to the robot without a word.
+    # A postprocessor without statistics would hand normalised actions in [-1, 1] to the robot.
     postprocessor = folder / f"{POLICY_POSTPROCESSOR_DEFAULT_NAME}.json"
     if not postprocessor.is_file():
         logging.warning(

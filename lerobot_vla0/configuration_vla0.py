@@ -1,23 +1,66 @@
 """LeRobot configuration of VLA-0 (`--policy.type=vla0`). Imports neither transformers nor a simulator."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import draccus
+import torch
 from draccus.utils import DecodingError
 from lerobot.configs import NormalizationMode, PreTrainedConfig
 from lerobot.optim import AdamWConfig
 from lerobot.optim.schedulers import ConstantWithWarmupSchedulerConfig
 
-DTYPES = ("bfloat16", "float16", "float32")
-# Raised when a checkpoint of this package could no longer be read, or would act otherwise, in an older one.
-# Adding a field does not count: an older version refuses a field that it does not know by name.
-FORMAT_VERSION = 1
+# Data types of weights and computation, by their names in a config.
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+IDENTITY, MIN_MAX = NormalizationMode.IDENTITY, NormalizationMode.MIN_MAX
+# Integers need a bounded range. Images are normalised by the VLM's own image processor.
+BOUNDED = (MIN_MAX, NormalizationMode.QUANTILES, NormalizationMode.QUANTILE10)
+NORMALIZATIONS = {"STATE": BOUNDED, "ACTION": BOUNDED, "VISUAL": (IDENTITY,)}
+
+ABOVE_0 = (lambda v: v > 0, "above 0")
+AT_LEAST_0 = (lambda v: v >= 0, "at least 0")
+AT_LEAST_1 = (lambda v: v >= 1, "at least 1")
+SHARE = (lambda v: 0 <= v <= 1, "in [0, 1]")
+# Per field, whether a value is allowed, and what is, in words.
+ALLOWED = {
+    "dtype": (lambda v: v in DTYPES, f"one of {', '.join(DTYPES)}"),
+    "cameras": (lambda v: v is None or 0 < len(v) == len(set(v)), "None or a list of different image keys"),
+    "image_size": (lambda v: v >= 1, "at least 1 pixel"),
+    "crop_ratio": (lambda v: 0 < v <= 1, "in (0, 1]"),
+    "chunk_size": AT_LEAST_1,
+    "num_bins": (lambda v: v >= 2, "at least 2"),
+    "action_norm": (lambda v: v in ("dataset", "task"), "dataset or task"),
+    "n_obs_steps": (lambda v: v == 1, "1 (VLA-0 has no history)"),
+    "jitter_brightness": SHARE,
+    "jitter_contrast": SHARE,
+    "jitter_saturation": SHARE,
+    "jitter_hue": (lambda v: 0 <= v <= 0.5, "in [0, 0.5]"),
+    "action_mask_prob": SHARE,
+    "action_mask_skip_prob": SHARE,
+    "optimizer_lr": ABOVE_0,
+    "optimizer_eps": ABOVE_0,
+    "optimizer_weight_decay": AT_LEAST_0,
+    "optimizer_grad_clip_norm": AT_LEAST_0,
+    "scheduler_warmup_steps": AT_LEAST_0,
+    "ensemble_size": AT_LEAST_1,
+    "ensemble_weight": (lambda v: 0 < v <= 1, "in (0, 1]"),
+    "draft_length": (lambda v: v is None or 0 <= v <= 63, "None or in 0..63"),
+    "temperature": AT_LEAST_0,
+    "server": (lambda v: v is None or re.match("https?://", v), "a URL that begins with http:// or https://"),
+    "server_timeout": ABOVE_0,
+}
 
 
 class FormatVersion(int):
-    """A type of its own, so that reading a config.json refuses a newer version before it stumbles over the
+    """A type of its own, so that a newer version is refused before the reading of config.json comes to the
     fields that the newer version has added."""
+
+
+# Raised when a checkpoint of this package could no longer be read, or would act otherwise, in an older one.
+# Adding a field does not count: an older version refuses a field that it does not know by name.
+FORMAT_VERSION = FormatVersion(1)
 
 
 @draccus.decode.register(FormatVersion)
@@ -38,185 +81,160 @@ def _read_format_version(raw: object, path: Sequence[str]) -> FormatVersion:
 class VLA0Config(PreTrainedConfig):
     """Everything that changes what the model sees or says; saved as `config.json` with each checkpoint.
 
-    Defaults follow the published LIBERO recipe (arXiv 2510.13054, section 4.1, and its training code).
+    Fields are in the order in which a user meets them; [...] begins a group. Defaults follow the published
+    LIBERO recipe. Sources: "paper" is VLA-0, arXiv 2510.13054; "NVlabs" is its code, NVlabs/vla0, with the
+    key in the config.yaml of a run; "vla0-trl" and "TinyVLA" are reimplementations.
 
     Raises:
         ValueError: a field is out of its range; the message names the field, its value and what is allowed.
     """
 
-    # Of the checkpoint; a checkpoint without it was written before it was recorded, and is of version 1.
-    format_version: FormatVersion = FormatVersion(FORMAT_VERSION)  # noqa: RUF009 (an int)
+    # Version of the checkpoint's format, written by this package; a checkpoint without it has version 1.
+    format_version: FormatVersion = FORMAT_VERSION
 
-    # --- backbone ---
-    # Hub id or folder of the base VLM: Qwen2-VL, Qwen2.5-VL, Qwen3-VL, SmolVLM2, InternVL, or Gemma 3 (which
-    # decodes row by row, without this package's fast decoder). Read only for a fresh policy: checkpoints
-    # carry their own VLM files.
+    # [1. What to fine-tune]
+    # Hub id or folder of the VLM: Qwen2-VL, Qwen2.5-VL, Qwen3-VL, SmolVLM2, InternVL, or Gemma 3 (which
+    # decodes row by row, without this package's fast decoder). Read for a fresh policy only: checkpoints
+    # carry their own VLM files. Source: paper, section 4.1.
     vlm: str = "Qwen/Qwen2.5-VL-3B-Instruct"
-    # Commit, branch or tag of `vlm` on the Hub.
+    # Commit, branch or tag of `vlm` on the Hub; None takes the newest.
     vlm_revision: str | None = None
-    # Data type of weights and computation: bfloat16, float16 or float32. LeRobot also drives autocast from
-    # it.
+    # Data type of weights and computation: bfloat16, float16 or float32. LeRobot also sets autocast by it.
     dtype: str = "bfloat16"
-    # Transformers attention backend (sdpa, flash_attention_2, eager); None lets Transformers choose.
+    # Transformers' attention: sdpa, eager or flash_attention_2 (falls back to sdpa, with a warning, where the
+    # package flash-attn is not installed); None lets Transformers choose.
     attn_implementation: str | None = None
-    # Recompute activations in the backward pass: less memory, about a third more time.
-    gradient_checkpointing: bool = False
     # Leave the vision encoder as it is and train the language model only.
     freeze_vision: bool = False
-    # Load the language model of `vlm` in 4 bits, to train an adapter on it (QLoRA: with --peft.*; needs the
-    # extra [qlora]).
+
+    # [2. Cameras and pictures]
+    # Image keys in the order in which they are shown, as in '[observation.images.front,
+    # observation.images.wrist]'; None takes all of the data set, in its order.
+    cameras: list[str] | None = None
+    # Side in pixels that each camera is resized to: a multiple of 28 for Qwen2.5-VL, Qwen2-VL and InternVL,
+    # of 32 for Qwen3-VL, of 64 for SmolVLM2 (2.2B: 42); 896 for Gemma 3. Source: NVlabs, IMAGE.img_size.
+    image_size: int = 224
+    # Share of height and width that is kept, in (0, 1]: random crop in training, centre crop otherwise; 1
+    # keeps the whole image. Source: NVlabs, IMAGE.crop_img.
+    crop_ratio: float = 0.875
+    # True: cameras side by side in one picture. False: one picture per camera, which SmolVLM2, InternVL and
+    # Gemma 3 need with several cameras. Source: NVlabs, tiled_rgb_imgs.
+    tile_images: bool = True
+    # Antialiasing of the resize, as vla0-trl and TinyVLA have it; NVlabs resizes without. No difference where
+    # the crop has image_size pixels already, as at 256×256 with the defaults.
+    resize_antialias: bool = True
+    # Write "Picture 1: " before each picture, as NVlabs does (add_vision_id); vla0-trl and TinyVLA do not.
+    # Only Qwen's chat templates know it.
+    add_vision_id: bool = True
+
+    # [3. Actions as text]
+    # Timesteps written per prediction (H in the paper), at least 1. Source: NVlabs, horizon.
+    chunk_size: int = 8
+    # Largest integer an action is written as (B in the paper), at least 2. Source: NVlabs, num_bins_actions.
+    num_bins: int = 1000
+    # "dataset": one range of the actions for all of the data set (paper, section 3). "task": one for each
+    # instruction, so that the integers resolve the motions of a task more finely; an instruction that was not
+    # trained on uses the data set's range.
+    action_norm: str = "dataset"
+    # What the integers 0 and num_bins mean: MIN_MAX (paper, section 3), QUANTILES (0.01, 0.99) or QUANTILE10
+    # (0.1, 0.9). Give all three keys: '{VISUAL: IDENTITY, STATE: QUANTILES, ACTION: QUANTILES}'.
+    normalization_mapping: dict[str, NormalizationMode] = field(
+        default_factory=lambda: {"VISUAL": IDENTITY, "STATE": MIN_MAX, "ACTION": MIN_MAX}
+    )
+    # Append the robot's state to the instruction, as integers 0..num_bins. The paper gives the model none.
+    use_state: bool = False
+    # Observations shown to the model; only 1 is allowed. Source: NVlabs, history.
+    n_obs_steps: int = 1
+
+    # [4. Training]
+    # Strength of the colour jitter, drawn per image and camera; brightness is multiplied by a factor from 1 -
+    # strength to 1 + strength. In [0, 1], 0 switches it off. Source of all four: vla0-trl, configs/vla0.yaml.
+    jitter_brightness: float = 0.2
+    # The same for contrast.
+    jitter_contrast: float = 0.2
+    # The same for saturation.
+    jitter_saturation: float = 0.2
+    # Hue turns by up to this share of the colour circle, to either side. In [0, 0.5], 0 switches it off.
+    jitter_hue: float = 0.05
+    # Masked action augmentation: a share drawn from U(0, action_mask_prob) of the answer's characters is
+    # shown to the model as "?" and left out of the loss, so that it cannot just continue its own text. In
+    # [0, 1]. Source: paper, section 3; NVlabs, action_mask_aug_per.
+    action_mask_prob: float = 0.4
+    # Share of training examples left unmasked, in [0, 1]. Source: NVlabs.
+    action_mask_skip_prob: float = 0.1
+    # Timesteps past the episode's end repeat its last action. False trains on them, as NVlabs does; True
+    # leaves them out of the loss.
+    do_mask_loss_for_padding: bool = False
+    # AdamW's learning rate, above 0. Source: NVlabs, TRAIN.lr (5e-6) times its 8 GPUs.
+    optimizer_lr: float = 4e-5
+    # AdamW's decay rates of its averages of the gradient and of the squared gradient.
+    optimizer_betas: tuple[float, float] = (0.9, 0.999)
+    # AdamW's constant in the denominator, above 0.
+    optimizer_eps: float = 1e-8
+    # AdamW's weight decay, at least 0. Source: NVlabs, TRAIN.l2.
+    optimizer_weight_decay: float = 1e-10
+    # Largest norm of the gradient; 0 does not clip. Source: vla0-trl, which does better with clipping.
+    optimizer_grad_clip_norm: float = 1.0
+    # Steps of linear warm-up to the constant learning rate, at least 0. Source: NVlabs, EXP.LR_SCHED (none).
+    scheduler_warmup_steps: int = 0
+    # Recompute activations in the backward pass: less memory, about a third more time.
+    gradient_checkpointing: bool = False
+    # Load the language model of `vlm` in 4 bits, to train an adapter on it (QLoRA, arXiv 2305.14314: with
+    # --peft.*; needs the extra [qlora]).
     load_in_4bit: bool = False
-    # torch.compile the language model in training. Pays off on GPUs in long runs; the first steps are slow.
+    # torch.compile the language model, in training and in acting. Pays off on GPUs in long runs; the first
+    # steps are slow.
     compile_model: bool = False
 
-    # --- actions as text ---
-    # Observations fed to the model; VLA-0 uses the current one only.
-    n_obs_steps: int = 1
-    # Timesteps written per prediction (the paper's H).
-    chunk_size: int = 8
-    # Timesteps executed before predicting again; only these are decoded by `select_action`.
+    # [5. Acting]
+    # Timesteps executed before predicting again, in 1..chunk_size; `select_action` decodes no more than are
+    # used. The paper's evaluation has 1.
     n_action_steps: int = 8
-    # Largest integer an action is written as (the paper's B).
-    num_bins: int = 1000
-    # Append the robot's state to the instruction, as integers on the same grid. The paper uses none.
-    use_state: bool = False
+    # Temporal ensembling: predictions averaged for one action, the newest included; 1 does not average. The
+    # paper's evaluation has 8 with n_action_steps=1.
+    ensemble_size: int = 1
+    # Weight of an older prediction, in (0, 1], against 1 for the newest; 1 is the plain mean. Source: NVlabs.
+    ensemble_weight: float = 0.5
+    # False: every older prediction has ensemble_weight. True: ensemble_weight to the power of its age in
+    # predictions, NVlabs' second version.
+    ensemble_exponential: bool = False
+    # Tokens drafted ahead and verified in one pass, in 0..63; changes the speed, never the actions. None
+    # adapts to how many are accepted; with 0, only tokens that the grammar determines are fed ahead.
+    draft_length: int | None = None
     # 0 decodes greedily; above 0 samples from the allowed tokens at this temperature.
     temperature: float = 0.0
-    # Temporal ensembling: chunks averaged for one action, the newest included; 1 does not average. The
-    # paper's evaluation uses 8 with n_action_steps=1.
-    ensemble_size: int = 1
-    # Weight of an older chunk against 1 for the newest; 1.0 is the plain mean.
-    ensemble_weight: float = 0.5
-    # False: every older chunk counts ensemble_weight. True: ensemble_weight to the power of its age.
-    ensemble_exponential: bool = False
-    # Decode on between calls of `select_action`: the first action of a chunk leaves as soon as it is written.
+    # Decode on between calls of `select_action`: the first action of a prediction is returned as soon as it
+    # is written. Not with ensemble_size > 1.
     stream: bool = False
-    # Tokens guessed ahead and verified in one pass; changes the speed of acting, never the actions. None
-    # adapts to how many are right; 0 guesses none (only tokens that the grammar forces ride along).
-    draft_length: int | None = None
 
-    # --- a server instead of weights ---
+    # [6. The VLM on a server]
     # OpenAI-compatible base URL (http://localhost:8000/v1) of a server that has the export (lerobot-vla0
     # export) of the checkpoint at --policy.path: the VLM runs there, no weights are loaded. For acting only.
     server: str | None = None
-    # Seconds without a byte from the server until a request counts as lost; it is sent three times.
+    # Seconds without a byte from the server until a request counts as lost, above 0; it is sent three times.
     server_timeout: float = 30.0
     # Name of the model on the server; None takes its only one.
     server_model: str | None = None
 
-    # --- images ---
-    # Image keys in the order in which they are shown; None takes all of the data set, in its order.
-    cameras: list[str] | None = None
-    # Side in pixels that each camera is resized to; a multiple of 28 for Qwen2.5-VL, Qwen2-VL and InternVL,
-    # of 32 for Qwen3-VL, of 64 for SmolVLM2 (2.2B: 42); 896 for Gemma 3.
-    image_size: int = 224
-    # Share of height and width kept: random crop in training, centre crop otherwise. 1.0 keeps the whole
-    # image.
-    crop_ratio: float = 0.875
-    # True: cameras side by side in one picture. False: one picture per camera, which SmolVLM2, InternVL and
-    # Gemma 3 need.
-    tile_images: bool = True
-    # Antialiasing of the resize. Matters only where one happens (not at 256×256 with the defaults).
-    resize_antialias: bool = True
-    # Write "Picture 1: " before each picture, as the original checkpoints do; vla0-trl and TinyVLA do not.
-    # Only Qwen's chat templates know it.
-    add_vision_id: bool = True
-
-    # --- augmentation, in training only ---
-    # Strengths of the colour jitter, drawn per image and camera; 0 switches one off.
-    jitter_brightness: float = 0.2
-    jitter_contrast: float = 0.2
-    jitter_saturation: float = 0.2
-    jitter_hue: float = 0.05
-    # Masked action augmentation: a share drawn from U(0, action_mask_prob) of the answer's characters is
-    # shown to the model as "?" and left out of the loss, so that it cannot just continue its own text.
-    action_mask_prob: float = 0.4
-    # Share of training examples left unmasked.
-    action_mask_skip_prob: float = 0.1
-
-    # --- loss ---
-    # Timesteps past the episode's end repeat its last action. False trains on them as the original does,
-    # True leaves them out of the loss.
-    do_mask_loss_for_padding: bool = False
-
-    # "dataset": one range of the actions for all of the data set. "task": one for each instruction, so that
-    # the integers resolve the motions of a task more finely; an instruction that was not trained on uses the
-    # data set's range.
-    action_norm: str = "dataset"
-    # MIN_MAX or QUANTILES for state and action: both map to the [-1, 1] that the integers cover.
-    normalization_mapping: dict[str, NormalizationMode] = field(
-        default_factory=lambda: {
-            "VISUAL": NormalizationMode.IDENTITY,
-            "STATE": NormalizationMode.MIN_MAX,
-            "ACTION": NormalizationMode.MIN_MAX,
-        }
-    )
-
-    # --- optimiser preset ---
-    optimizer_lr: float = 4e-5  # 5e-6 × 8 GPUs in the original
-    optimizer_betas: tuple[float, float] = (0.9, 0.999)
-    optimizer_eps: float = 1e-8
-    optimizer_weight_decay: float = 1e-10
-    optimizer_grad_clip_norm: float = 1.0  # 0 does not clip
-    # Steps of linear warm-up to the constant learning rate.
-    scheduler_warmup_steps: int = 0
-
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check("dtype", self.dtype in DTYPES, f"one of {', '.join(DTYPES)}")
-        self._check("n_obs_steps", self.n_obs_steps == 1, "1 (VLA-0 has no history)")
-        self._check("chunk_size", self.chunk_size >= 1, "at least 1")
-        self._check(
-            "n_action_steps",
-            1 <= self.n_action_steps <= self.chunk_size,
-            f"in 1..chunk_size ({self.chunk_size})",
-        )
-        self._check("num_bins", self.num_bins >= 2, "at least 2")
-        self._check("temperature", self.temperature >= 0, "at least 0")
-        self._check("ensemble_size", self.ensemble_size >= 1, "at least 1")
-        self._check("ensemble_weight", 0 < self.ensemble_weight <= 1, "in (0, 1]")
+        for name, (allowed, what) in ALLOWED.items():
+            self._check(name, allowed(getattr(self, name)), what)
+        steps = 1 <= self.n_action_steps <= self.chunk_size
+        self._check("n_action_steps", steps, f"in 1..chunk_size ({self.chunk_size})")
         if self.ensemble_size > 1 and self.n_action_steps == self.chunk_size:
             raise ValueError(
                 f"ensemble_size={self.ensemble_size} has nothing to average: n_action_steps="
                 f"{self.n_action_steps} executes the whole chunk. Lower n_action_steps, for example to 1."
             )
         self._check("stream", not (self.stream and self.ensemble_size > 1), "False with ensemble_size > 1")
-        self._check(
-            "draft_length", self.draft_length is None or 0 <= self.draft_length <= 63, "None or in 0..63"
-        )
-        self._check(
-            "server",
-            self.server is None or self.server.startswith(("http://", "https://")),
-            "a URL that begins with http:// or https://",
-        )
-        self._check("server_timeout", self.server_timeout > 0, "above 0")
-        cameras = self.cameras
-        self._check("cameras", cameras is None or (cameras and len(set(cameras)) == len(cameras)),
-                    "None or a list of different image keys")  # fmt: skip
-        self._check("image_size", self.image_size >= 1, "at least 1 pixel")
-        self._check("crop_ratio", 0 < self.crop_ratio <= 1, "in (0, 1]")
-        for name in ("jitter_brightness", "jitter_contrast", "jitter_saturation"):
-            self._check(name, 0 <= getattr(self, name) <= 1, "in [0, 1]")
-        self._check("jitter_hue", 0 <= self.jitter_hue <= 0.5, "in [0, 0.5]")
-        for name in ("action_mask_prob", "action_mask_skip_prob"):
-            self._check(name, 0 <= getattr(self, name) <= 1, "in [0, 1]")
-        self._check("action_norm", self.action_norm in ("dataset", "task"), "dataset or task")
-        bounded = (NormalizationMode.MIN_MAX, NormalizationMode.QUANTILES, NormalizationMode.QUANTILE10)
-        for kind, modes in {
-            "STATE": bounded,  # integers need a bounded range
-            "ACTION": bounded,
-            "VISUAL": (NormalizationMode.IDENTITY,),  # the VLM's own image processor normalises
-        }.items():
+        for kind, modes in NORMALIZATIONS.items():
             mode = self.normalization_mapping.get(kind)
             if mode not in modes:
                 raise ValueError(
                     f"normalization_mapping[{kind!r}]={mode} is not allowed: it must be one of "
                     f"{', '.join(m.value for m in modes)}."
                 )
-        for name in ("optimizer_lr", "optimizer_eps"):
-            self._check(name, getattr(self, name) > 0, "above 0")
-        for name in ("optimizer_weight_decay", "optimizer_grad_clip_norm", "scheduler_warmup_steps"):
-            self._check(name, getattr(self, name) >= 0, "at least 0")
 
     def _check(self, name: str, ok: object, allowed: str) -> None:
         if not ok:
@@ -271,14 +289,9 @@ class VLA0Config(PreTrainedConfig):
             return None
         return ConstantWithWarmupSchedulerConfig(num_warmup_steps=self.scheduler_warmup_steps)
 
-    @property
-    def observation_delta_indices(self) -> None:
-        return None
+    # What LeRobot loads around a frame: no other observations, no rewards, a chunk of actions.
+    observation_delta_indices = reward_delta_indices = None
 
     @property
     def action_delta_indices(self) -> list[int]:
         return list(range(self.chunk_size))
-
-    @property
-    def reward_delta_indices(self) -> None:
-        return None

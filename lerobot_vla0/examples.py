@@ -1,8 +1,10 @@
-"""Batch of LeRobot → what the VLM is fed, and the labels it learns: one place for acting and both trainers.
+"""Batch of LeRobot → the VLM's inputs, and the labels it learns: one place for acting and both trainers.
 
 Holds no weights, so that a data loader's worker can have a copy.
 """
 
+import random
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +16,40 @@ from .action_codec import ActionCodec
 from .configuration_vla0 import VLA0Config
 from .images import prepare_images
 from .prompt import ChatFormatter
+from .task_stats import TASK_RANGE
+
+
+def augmentation_generator() -> torch.Generator:
+    """Generator of one batch's augmentation, seeded by one draw from Python's global generator plus the rank.
+
+    LeRobot checkpoints the global generators, so a resumed run repeats the draws; PyTorch's is one draw off
+    after resuming, because a data loader takes one when it starts. All ranks are seeded alike and would draw
+    the same augmentations.
+    """
+    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+    return torch.Generator().manual_seed(random.getrandbits(62) + rank)
+
+
+@dataclass
+class Observation:
+    """A batch that has been checked: what the model looks at, B rows."""
+
+    cameras: list[Tensor]  # float (B, 3, H, W) in [0, 1], in prompt order; sizes may differ
+    tasks: list[str]
+    state: Tensor | None  # (B, S), normalised to [-1, 1]; None if the policy does not use it
+    task_range: Tensor | None  # (B, 2, D), see task_stats.TASK_RANGE; None with action_norm="dataset"
+
+    def __len__(self) -> int:
+        return len(self.tasks)
+
+    def take(self, rows: list[int]) -> "Observation":
+        """These rows only."""
+        return Observation(
+            [images[rows] for images in self.cameras],
+            [self.tasks[row] for row in rows],
+            None if self.state is None else self.state[rows],
+            None if self.task_range is None else self.task_range[rows],
+        )
 
 
 class ExampleMaker:
@@ -27,13 +63,14 @@ class ExampleMaker:
         vlm_processor: the VLM's Transformers processor.
 
     Raises:
-        ValueError: `image_size` or `tile_images` makes pictures that the VLM cannot be shown as they are, or
-            the tokenizer does not write numbers digit by digit.
+        ValueError: `image_size` or `tile_images` makes pictures that the VLM would resize or refuse, or the
+            tokenizer does not write numbers digit by digit.
     """
 
     def __init__(self, config: VLA0Config, vlm_processor: Any) -> None:
         self.config, self.vlm_processor = config, vlm_processor
-        self.rule = backbone.picture_rule(vlm_processor)
+        self.family = backbone.family(vlm_processor)
+        self.rule = self.family.picture_rule(vlm_processor)
         multiple, fixed = self.rule.multiple, self.rule.fixed
         if fixed and config.image_size != fixed:
             raise ValueError(
@@ -52,20 +89,29 @@ class ExampleMaker:
                 "only. Set tile_images=false: one picture per camera."
             )
         self.action_dim = config.action_feature.shape[0]
+        height, width = config.image_size, config.image_size * (cameras if tiled else 1)
+        mark, text = self.family.picture_text(vlm_processor, height, width)
         self.chat = ChatFormatter(
             vlm_processor,
             horizon=config.chunk_size,
             dim=self.action_dim,
             num_bins=config.num_bins,
             num_pictures=1 if tiled else cameras,
-            picture_size=(config.image_size, config.image_size * (cameras if tiled else 1)),
+            picture_size=(height, width),
+            picture_mark=mark,
+            picture_text=text,
             add_vision_id=config.add_vision_id,
         )
         self.codec = ActionCodec(config.num_bins)
 
-    def rows(self, batch: dict[str, Any]) -> int:
-        """B, of a batch that has the cameras and instructions it needs."""
-        missing = [key for key in self.config.camera_keys if key not in batch]
+    def check(self, batch: dict[str, Any]) -> Observation:
+        """The part of a batch that the model looks at, checked.
+
+        Raises:
+            ValueError: a camera, the instructions or the state are missing or of a wrong shape.
+        """
+        config, keys = self.config, self.config.camera_keys
+        missing = [key for key in keys if key not in batch]
         if missing:
             present = sorted(key for key in batch if key.startswith("observation.image"))
             raise ValueError(
@@ -73,30 +119,50 @@ class ExampleMaker:
                 "--rename_map, or train on the cameras that the robot or environment has "
                 "(--policy.cameras)."
             )
+        for key in keys:
+            images = batch[key]
+            if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+                raise ValueError(
+                    f"{key} must be a float tensor (B, 3, H, W) in [0, 1], got {images.dtype} of shape "
+                    f"{tuple(images.shape)}."
+                )
+            if min(images.shape[-2:]) < config.image_size and not self.rule.fixed:
+                raise ValueError(
+                    f"{key} is {images.shape[-2]}×{images.shape[-1]} pixels, smaller than the crop "
+                    f"of image_size={config.image_size}: it would have to be enlarged. Lower image_size."
+                )
         if "task" not in batch:
             raise ValueError(
                 "the batch has no 'task': VLA-0 needs one instruction per row. Use a data set whose "
                 "episodes have tasks, or add batch['task'] = [instruction, ...]."
             )
-        return len(batch[self.config.camera_keys[0]])
-
-    def pictures(self, batch: dict[str, Any], generator: torch.Generator | None) -> Tensor:
-        """uint8 (B, N, 3, H, W) from the batch's camera images, augmented if a generator is given."""
-        config, keys = self.config, self.config.camera_keys
-        self.rows(batch)
-        for key in keys:
-            if batch[key].ndim != 4 or batch[key].shape[1] != 3 or not batch[key].is_floating_point():
-                raise ValueError(
-                    f"{key} must be a float tensor (B, 3, H, W) in [0, 1], got {batch[key].dtype} of shape "
-                    f"{tuple(batch[key].shape)}."
-                )
-            if min(batch[key].shape[-2:]) < config.image_size and not self.rule.fixed:
-                raise ValueError(
-                    f"{key} is {batch[key].shape[-2]}×{batch[key].shape[-1]} pixels, smaller than the crop "
-                    f"of image_size={config.image_size}: it would have to be enlarged. Lower image_size."
-                )
-        return prepare_images(
+        rows = len(batch[keys[0]])
+        tasks = [batch["task"]] if isinstance(batch["task"], str) else list(batch["task"])
+        if len(tasks) != rows:
+            raise ValueError(f"the batch has {rows} images but {len(tasks)} tasks: {tasks[:3]}.")
+        if config.use_state and OBS_STATE not in batch:
+            raise ValueError(
+                f"the batch has no {OBS_STATE!r}, which use_state=True puts into the prompt; it has "
+                f"{sorted(key for key in batch if key.startswith('observation'))}."
+            )
+        by_task = config.action_norm == "task"
+        if by_task and TASK_RANGE not in batch:
+            raise ValueError(
+                f"the batch has no {TASK_RANGE!r}, by which action_norm='task' reads integers. Pass the "
+                "batch through the policy's preprocessor first."
+            )
+        return Observation(
             [batch[key] for key in keys],
+            tasks,
+            batch[OBS_STATE] if config.use_state else None,
+            batch[TASK_RANGE] if by_task else None,
+        )
+
+    def pictures(self, observation: Observation, generator: torch.Generator | None) -> Tensor:
+        """uint8 (B, N, 3, H, W) of N pictures per row, augmented if a generator is given."""
+        config = self.config
+        return prepare_images(
+            observation.cameras,
             size=config.image_size,
             crop_ratio=config.crop_ratio,
             tile=config.tile_images,
@@ -105,41 +171,42 @@ class ExampleMaker:
             generator=generator,
         )
 
-    def instructions(self, batch: dict[str, Any]) -> list[str]:
-        """B instructions, with the state behind them if `use_state`."""
-        rows = self.rows(batch)
-        tasks = [batch["task"]] if isinstance(batch["task"], str) else list(batch["task"])
-        if len(tasks) != rows:
-            raise ValueError(f"the batch has {rows} images but {len(tasks)} tasks: {tasks[:3]}.")
-        if self.config.use_state:
-            bins, _ = self.codec.encode(batch[OBS_STATE])
-            tasks = [f"{t}\nState: {self.codec.to_text(b)}" for t, b in zip(tasks, bins, strict=True)]
-        return tasks
+    def instructions(self, observation: Observation) -> list[str]:
+        """B instructions, each followed by the state as integers if the policy uses it."""
+        if observation.state is None:
+            return observation.tasks
+        bins, _ = self.codec.encode(observation.state)
+        states = map(self.codec.to_text, bins)
+        return [f"{task}\nState: {state}" for task, state in zip(observation.tasks, states, strict=True)]
 
-    def acting_inputs(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+    def acting_inputs(self, observation: Observation) -> dict[str, Tensor]:
         """Model inputs of right-padded prompts, without an answer and without augmentation."""
-        return self._inputs(self.pictures(batch, None), self.chat.inference_batch(self.instructions(batch)))
+        tokens = self.chat.inference_batch(self.instructions(observation))
+        return self._inputs(self.pictures(observation, None), tokens)
 
-    def training_inputs(
+    def training_examples(
         self, batch: dict[str, Any], generator: torch.Generator | None
     ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """The supervised fine-tuning example: (model inputs, labels (B, T), place values (B, T)), on the
+        """Examples of supervised fine-tuning: (model inputs, labels (B, T), place values (B, T)), on the
         images' device.
 
         Args:
             batch: see the class; with `action_is_pad` (B, chunk_size) if `do_mask_loss_for_padding`.
             generator: CPU generator of the augmentation (crop, jitter, `?`); None leaves it out.
+
+        Raises:
+            ValueError: as `check`, or actions that are no bins (B, chunk_size, D).
         """
-        bins = batch[ACTION]
+        observation, bins = self.check(batch), batch[ACTION]
         expected = (self.config.chunk_size, self.action_dim)
         if bins.is_floating_point() or tuple(bins.shape[1:]) != expected:
             raise ValueError(
                 f"action must be integer bins of shape (B, {expected[0]}, {expected[1]}), got {bins.dtype} "
                 f"of shape {tuple(bins.shape)}. Pass the batch through the policy's preprocessor first."
             )
-        pictures = self.pictures(batch, generator)
+        pictures = self.pictures(observation, generator)
         tokens = self.chat.training_batch(
-            self.instructions(batch),
+            self.instructions(observation),
             bins,
             padded_steps=batch.get(f"{ACTION}_is_pad") if self.config.do_mask_loss_for_padding else None,
             mask_prob=self.config.action_mask_prob,
@@ -151,4 +218,4 @@ class ExampleMaker:
 
     def _inputs(self, pictures: Tensor, tokens: dict[str, Tensor]) -> dict[str, Tensor]:
         inputs = {key: tokens[key].to(pictures.device) for key in ("input_ids", "attention_mask")}
-        return inputs | backbone.vision_inputs(self.vlm_processor, pictures, inputs["input_ids"])
+        return inputs | self.family.vision_inputs(self.vlm_processor, pictures, inputs["input_ids"])

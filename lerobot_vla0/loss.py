@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .prompt import IGNORE
+
 # Positions whose logits exist at once: 155 MB of float32 at 151,936 tokens, and a matrix product that is
 # large enough to be efficient.
 CHUNK = 256
@@ -76,6 +78,39 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
     return torch.nn.functional.linear(hidden, weight).float()
+
+
+def answer_loss(
+    hidden: Tensor, head: Tensor, labels: Tensor, places: Tensor, digit_ids: Tensor, reduction: str = "mean"
+) -> tuple[Tensor, dict[str, float]]:
+    """Cross-entropy of the answers' tokens, and what is logged of the model's predictions.
+
+    Args:
+        hidden: (B, T, width), last hidden states.
+        head: (vocabulary, width), weights of the language model's head.
+        labels: (B, T) token ids, IGNORE where nothing is supervised.
+        places: (B, T) place value of each digit, see `integer_error`.
+        digit_ids: (10,) token ids of "0".."9".
+        reduction: "mean" over all supervised tokens, or "none": (B,), the mean of each row.
+
+    Returns:
+        The loss, and `token_accuracy` and `action_error_bins`.
+    """
+    # The token at position t is predicted at t - 1; logits are computed for supervised positions only.
+    labels, places = labels[:, 1:], places[:, 1:]
+    supervised = labels != IGNORE
+    targets = labels[supervised]  # (N,)
+    losses, predicted, digits = linear_cross_entropy(hidden[:, :-1][supervised], head, targets, digit_ids)
+    true = (targets[:, None] == digit_ids).float().argmax(-1)  # 0 where the target is no digit
+    metrics = {
+        "token_accuracy": (predicted == targets).float().mean().item(),
+        "action_error_bins": integer_error(digits - true, supervised, places),
+    }
+    if reduction == "mean":
+        return losses.mean(), metrics
+    rows = supervised.nonzero()[:, 0]
+    sums = losses.new_zeros(len(labels)).index_add(0, rows, losses)
+    return sums / supervised.sum(1).clamp(min=1), metrics
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ Everything needed is in the saved state, and LeRobot's scripts can override thei
 from dataclasses import dataclass
 from typing import Any
 
-from lerobot.configs import FeatureType, NormalizationMode, PipelineFeatureType, PolicyFeature
+from lerobot.configs import FeatureType, PipelineFeatureType, PolicyFeature
 from lerobot.lerobot_types import EnvTransition, PolicyAction, TransitionKey
 from lerobot.processor import (
     PolicyActionProcessorStep,
@@ -20,19 +20,12 @@ from lerobot.processor import (
     make_default_policy_processor_steps,
     make_policy_processor_pipelines,
 )
-from lerobot.utils.constants import ACTION
 
 from .action_codec import ActionCodec
 from .configuration_vla0 import VLA0Config
-from .task_stats import check_task_statistics, normalizer_processor
 
 # Share of each sample's action values outside the statistics; `VLA0Policy.forward` logs its mean.
 ACTION_CLIPPED = "action_clipped"
-STATISTICS = {
-    NormalizationMode.MIN_MAX: ("min", "max"),
-    NormalizationMode.QUANTILES: ("q01", "q99"),
-    NormalizationMode.QUANTILE10: ("q10", "q90"),
-}
 
 Features = dict[PipelineFeatureType, dict[str, PolicyFeature]]
 
@@ -78,21 +71,6 @@ class VLA0ActionDecoderStep(PolicyActionProcessorStep):
         return features
 
 
-def check_action_statistics(config: VLA0Config, stats: dict[str, dict[str, Any]] | None, where: str) -> None:
-    """Raises ValueError if `stats` cannot un-normalise actions: a robot must never get un-normalised
-    commands."""
-    needed = STATISTICS[config.normalization_mapping["ACTION"]]
-    found = sorted((stats or {}).get(ACTION, {}))
-    missing = [name for name in needed if name not in found]
-    if missing:
-        raise ValueError(
-            f"{where}: statistics {missing} of {ACTION!r} are missing (found: {found}), so integers cannot "
-            "be turned into robot commands. They come from meta/stats.json of the data set that is trained "
-            "on (quantiles: LeRobot's augment_dataset_quantile_stats.py adds them), or from "
-            "policy_postprocessor*.safetensors of a trained checkpoint given with --policy.path."
-        )
-
-
 def make_vla0_pre_post_processors(
     config: VLA0Config, dataset_stats: dict[str, dict[str, Any]] | None = None
 ) -> tuple[
@@ -109,6 +87,14 @@ def make_vla0_pre_post_processors(
     Raises:
         ValueError: statistics of the action, or of tasks, are missing.
     """
+    # Imported here: task_stats imports lerobot.processor, and the import of that registers this module.
+    from .task_stats import (
+        STATISTICS,
+        check_action_statistics,
+        check_task_statistics,
+        normalizer_processor,
+    )
+
     check_action_statistics(config, dataset_stats, "dataset_stats")
     if config.use_state:
         needed = STATISTICS[config.normalization_mapping[FeatureType.STATE.value]]

@@ -1,12 +1,15 @@
-"""The chat: system prompt, pictures, instruction, answer; as token ids with labels, and the `?` augmentation.
+"""The chat: system prompt, pictures, instruction, answer; as token ids with labels, and masked action
+augmentation.
 
-Knows text and tokens. Knows nothing of robots' units (bins come in as integers) or of the model behind.
+Knows text and tokens. Actions come in as integer bins; the model is not needed here.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .decoding.grammar import IntegerGrammar
 
 # VLA-0's own wording (arXiv 2510.13054, section 3; its code and vla0-trl use the same string).
 SYSTEM_PROMPT = (
@@ -28,8 +31,14 @@ class ChatFormatter:
         processor: the VLM's Transformers processor (tokenizer, image processor, chat template).
         horizon, dim, num_bins: H, D and B of the system prompt.
         num_pictures: pictures per example (1 when cameras are tiled).
-        picture_size: (height, width) of each picture in pixels; decides how many image tokens it takes.
+        picture_size: (height, width) of each picture in pixels.
+        picture_mark, picture_text: what the chat template writes for a picture, and what the processor puts
+            in its place for one of this size (`backbone.Family.picture_text`).
         add_vision_id: put "Picture 1: " before each picture, as the original checkpoints were trained.
+
+    Attributes:
+        grammar: the language of the answers, in this tokenizer's tokens.
+        lead, tail_ids: what the template writes before the assistant's answer (text) and after it (tokens).
 
     Raises:
         ValueError: the tokenizer does not have every digit, the space and "?" as single tokens, or the chat
@@ -45,6 +54,8 @@ class ChatFormatter:
         num_bins: int,
         num_pictures: int,
         picture_size: tuple[int, int],
+        picture_mark: str,
+        picture_text: str,
         add_vision_id: bool,
     ) -> None:
         self.processor, self.tokenizer = processor, processor.tokenizer
@@ -55,14 +66,9 @@ class ChatFormatter:
         )
         self.digit_ids, self.space_id, self.mask_id = number_tokens(self.tokenizer)
         self.pad_id = self.tokenizer.pad_token_id
-        # Imported here: it brings transformers, which takes seconds, and `tiny-vlm --help` needs a prompt.
-        from . import backbone
-
-        # What the template writes for a picture, and what stands there for the model.
-        self.picture_mark, self.picture_text = backbone.picture_text(processor, *picture_size)
+        self.picture_mark, self.picture_text = picture_mark, picture_text
         self._prompts: dict[str, list[int]] = {}
-        # What the template writes before and after the assistant's words: "" and "<|im_end|>\n" for Qwen,
-        # " " and "<end_of_utterance>\n" for SmolVLM2.
+        # Lead and tail are "" and "<|im_end|>\n" for Qwen, " " and "<end_of_utterance>\n" for SmolVLM2.
         answer = {"role": "assistant", "content": [{"type": "text", "text": "0"}]}
         opened = self._render(self.messages("x"), True)
         closed = self._render([*self.messages("x"), answer], False)
@@ -75,6 +81,7 @@ class ChatFormatter:
             )
         self.tail_ids = self._tokenize(tail)
         self.end_id = self.tail_ids[0]
+        self.grammar = IntegerGrammar(horizon * dim, num_bins, self.digit_ids, self.space_id, self.end_id)
         # Integer v → its token ids, and the place value (100, 10, 1) of each of its digits.
         texts = [str(v) for v in range(num_bins + 1)]
         self._number_ids = [[self.digit_ids[int(c)] for c in t] for t in texts]
@@ -89,7 +96,7 @@ class ChatFormatter:
         ]
 
     def _render(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
-        # Transformers warns of a variable that the template does not have (all but Qwen's).
+        # Only Qwen's templates know the variable; Transformers warns if another is given it.
         template = str(self.processor.chat_template)
         vision_id = {"add_vision_id": self.add_vision_id} if "add_vision_id" in template else {}
         return self.processor.apply_chat_template(
@@ -164,8 +171,8 @@ class ChatFormatter:
             target = list(answer)
             if padded_steps is not None:
                 self._drop_padded(target, place, padded_steps[i].tolist())
-            # Drawn even when the example is skipped or the share is 0: one example's fate never shifts
-            # another's.
+            # Drawn even when the example is not masked, so that the draws of one example do not depend on
+            # those before it.
             if generator is not None:
                 skip, share = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
                 order = torch.randperm(len(answer), generator=generator).tolist()

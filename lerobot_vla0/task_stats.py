@@ -1,6 +1,7 @@
-"""Action statistics of each instruction, for `action_norm="task"`.
+"""Statistics by which actions are normalised: which are needed, and for `action_norm="task"` those of each
+instruction.
 
-They travel as LeRobot's own statistics do, as entries `action.task.<instruction>` beside `action` in
+These travel as LeRobot's own statistics do, as entries `action.task.<instruction>` beside `action` in
 `meta.stats`: resuming keeps the checkpoint's, fine-tuning on another data set takes that one's.
 """
 
@@ -11,17 +12,39 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-from lerobot.configs import FeatureType
+from lerobot.configs import FeatureType, NormalizationMode
 from lerobot.lerobot_types import EnvTransition, TransitionKey
 from lerobot.processor import NormalizerProcessorStep
 from lerobot.utils.constants import ACTION
 from torch import Tensor
 
+from .configuration_vla0 import VLA0Config
+
 PREFIX = f"{ACTION}.task."
 # In a batch: (B, 2, D), the actions that each row's lowest and highest integer mean, in [-1, 1] of the data
 # set's range.
 TASK_RANGE = "action_range"
+STATISTICS = {
+    NormalizationMode.MIN_MAX: ("min", "max"),
+    NormalizationMode.QUANTILES: ("q01", "q99"),
+    NormalizationMode.QUANTILE10: ("q10", "q90"),
+}
 QUANTILES = {"min": 0.0, "max": 1.0, "q01": 0.01, "q99": 0.99, "q10": 0.1, "q90": 0.9}
+
+
+def check_action_statistics(config: VLA0Config, stats: dict[str, dict[str, Any]] | None, where: str) -> None:
+    """Raises ValueError if `stats` cannot un-normalise actions: a robot must never get un-normalised
+    commands."""
+    needed = STATISTICS[config.normalization_mapping["ACTION"]]
+    found = sorted((stats or {}).get(ACTION, {}))
+    missing = [name for name in needed if name not in found]
+    if missing:
+        raise ValueError(
+            f"{where}: statistics {missing} of {ACTION!r} are missing (found: {found}), so integers cannot "
+            "be turned into robot commands. They come from meta/stats.json of the data set that is trained "
+            "on (quantiles: LeRobot's augment_dataset_quantile_stats.py adds them), or from "
+            "policy_postprocessor*.safetensors of a trained checkpoint given with --policy.path."
+        )
 
 
 def add_task_statistics(meta: Any, names: tuple[str, str], num_bins: int) -> None:
@@ -131,3 +154,19 @@ class normalizer_processor(NormalizerProcessorStep):  # noqa: N801
             return edges
         actions = self._apply_transform(edges, key, FeatureType.ACTION, inverse=True)
         return self._apply_transform(actions, ACTION, FeatureType.ACTION)
+
+
+def to_data_set_bins(integers: Tensor, task_range: Tensor | None, num_bins: int) -> Tensor:
+    """Integers as the model writes them → bins of the data set's range, which the postprocessor knows.
+
+    Args:
+        integers: (R, D).
+        task_range: (R, 2, D), see TASK_RANGE; None (`action_norm="dataset"`) returns `integers`.
+
+    Returns:
+        (R, D), fractions where a task has a range of its own.
+    """
+    if task_range is None:
+        return integers
+    low, high = ((task_range.float() + 1) / 2 * num_bins).to(integers.device).unbind(1)
+    return low + integers * ((high - low) / num_bins)

@@ -17,7 +17,7 @@ def vlm(tiny_vlm):
 def test_pixels_are_transformers_to_the_bit(vlm, count, height, width):
     _, processor = vlm
     pictures = torch.randint(256, (3, count, 3, height, width), dtype=torch.uint8)
-    ours = backbone.vision_inputs(processor, pictures, torch.zeros(3, 4, dtype=torch.long))
+    ours = backbone.family(processor).vision_inputs(processor, pictures, torch.zeros(3, 4, dtype=torch.long))
     theirs = processor.image_processor(list(pictures.flatten(0, 1)), do_resize=False, return_tensors="pt")
     for key in ("pixel_values", "image_grid_thw"):
         assert torch.equal(ours[key], theirs[key]) and ours[key].dtype == theirs[key].dtype

@@ -12,7 +12,7 @@ DIGITS, SPACE, END = list(range(15, 25)), 220, 300
 
 
 class MockModel:
-    """Logits that are a fixed random function of a row's tokens so far. Keeps the context as a KV cache
+    """Logits are a fixed random function of the row and its tokens so far. Keeps the tokens as a KV cache
     would."""
 
     def __init__(self, rows: int, seed: int = 0) -> None:
@@ -44,7 +44,7 @@ class MockModel:
 
 
 class Teacher(MockModel):
-    """Says what it was given, whatever the draft."""
+    """Predicts the tokens of given texts by their position, whatever tokens were fed."""
 
     def __init__(self, texts: list[list[int]]) -> None:
         super().__init__(len(texts))
@@ -61,7 +61,8 @@ def make_grammar(count: int = 6, maximum: int = 1000) -> IntegerGrammar:
 
 
 def plain_greedy(model: MockModel, row: int, grammar: IntegerGrammar) -> list[int]:
-    """The definition, one token at a time, on text: argmax over what may follow."""
+    """The definition of the output, independent of the grammar's code: one token at a time, argmax over those
+    that keep the text valid."""
     tokens: list[int] = []
     while not tokens or tokens[-1] != END:
         text = "".join({SPACE: " "}.get(t, str(t - 15)) for t in tokens)
@@ -88,11 +89,11 @@ def test_equals_plain_constrained_greedy():
             expected = plain_greedy(MockModel(3, seed), index, grammar)
             assert tokens_of(grammar, row.symbols) == expected
             text = "".join(" " if t == SPACE else str(t - 15) for t in expected[:-1])
-            assert row.text.integers == [int(v) for v in text.split(" ")]
+            assert row.answer.integers == [int(v) for v in text.split(" ")]
 
 
 class AnyDrafter(Drafter):
-    """Drafts given integers, mostly wrong."""
+    """Drafts given integers, most of which are wrong."""
 
     def __init__(self, grammar, length, numbers) -> None:
         super().__init__(grammar, 1, length)
@@ -132,7 +133,7 @@ def test_drafts_never_change_the_tokens(
     for one, other in zip(plain.rows, drafted.rows, strict=True):
         shorter = min(len(one.symbols), len(other.symbols))
         assert one.symbols[:shorter] == other.symbols[:shorter]
-        assert one.text.integers[:needed] == other.text.integers[:needed]
+        assert one.answer.integers[:needed] == other.answer.integers[:needed]
 
 
 def spell(*integers: int) -> list[int]:
@@ -141,14 +142,14 @@ def spell(*integers: int) -> list[int]:
 
 
 def test_forced_tokens_cost_no_pass():
-    """Three digits force the separator; the last one forces the end, which needs no pass at all."""
+    """Three digits force the space, which is fed with the next token; the end of turn needs no pass."""
     grammar, text = make_grammar(2), [spell(123, 456)]
     assert decode(Teacher(text), grammar, 1).passes == 8
     assert decode(Teacher(text), grammar, 1, drafters=[Drafter(grammar, 1, 0)]).passes == 6
 
 
 def test_a_right_draft_takes_one_pass():
-    """The last answer again: everything rides in the prompt's pass."""
+    """The last answer as draft for the same one: the pass over the prompt accepts all of it."""
     grammar, integers = make_grammar(6), [474, 479, 460, 471, 479, 460]
     drafter = Drafter(grammar, 3, 31)
     drafter.remember(integers, executed=0)
@@ -156,8 +157,8 @@ def test_a_right_draft_takes_one_pass():
     assert decode(model, grammar, 1, drafters=[drafter]).passes == model.calls == 1
 
 
-def test_rows_of_different_luck():
-    """One row's draft is all right, the other's all wrong: both end with their own text."""
+def test_rows_accept_different_lengths():
+    """One row's draft is right, the other's wrong: both end with their own text."""
     grammar, integers = make_grammar(4), [474, 479, 460, 471]
     drafters = [Drafter(grammar, 4, 31) for _ in range(2)]
     for drafter in drafters:
@@ -189,7 +190,7 @@ def test_ties_take_the_lowest_token_id():
 
 @pytest.mark.parametrize("draft", [None, [3], [5, 5]])
 def test_temperature_samples_from_the_restricted_softmax(draft):
-    """With and without drafts: a draft must not make what it proposes any likelier."""
+    """With and without drafts: a draft must not change the distribution."""
     grammar, rows = make_grammar(1, 5), 4000
     model = MockModel(rows)
     model.logits = lambda row, tokens: np.linspace(0, 2, 12, dtype=np.float32)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lerobot_vla0.decoding.grammar import IntegerGrammar, Text, integer_regex
+from lerobot_vla0.decoding.grammar import IntegerGrammar, PartialAnswer, integer_regex
 
 DIGITS, SPACE, END = list(range(15, 25)), 220, 151645  # Qwen's ids
 
@@ -19,14 +19,14 @@ def spell(grammar: IntegerGrammar, symbols) -> str:
     return "".join(names[grammar.token_ids[s]] for s in symbols)
 
 
-def after(grammar: IntegerGrammar, text: str) -> Text:
+def after(grammar: IntegerGrammar, text: str) -> PartialAnswer:
     """The state after `text`, every character of which must be allowed."""
-    state = Text()
+    state = PartialAnswer()
     for character in text:
         symbol = {" ": grammar.space, ".": grammar.end}.get(character)
         symbol = grammar.digit_symbols[int(character)] if symbol is None else symbol
         assert grammar.allowed(state)[symbol], text
-        grammar.write(state, symbol)
+        grammar.append(state, symbol)
     return state
 
 
@@ -39,11 +39,11 @@ def after(grammar: IntegerGrammar, text: str) -> Text:
 )
 def test_random_logits_always_give_a_valid_text(horizon, dim, maximum, seed):
     grammar, generator = make(horizon * dim, maximum), np.random.default_rng(seed)
-    state, symbols = Text(), []
+    state, symbols = PartialAnswer(), []
     while not grammar.finished(state):
         logits = np.where(grammar.allowed(state), generator.standard_normal(12), -np.inf)
         symbols.append(int(logits.argmax()))
-        grammar.write(state, symbols[-1])
+        grammar.append(state, symbols[-1])
     text = spell(grammar, symbols)
     assert re.fullmatch(r"(0|[1-9]\d*)( (0|[1-9]\d*))*\.", text)
     values = [int(v) for v in text[:-1].split(" ")]
@@ -55,12 +55,12 @@ def test_random_logits_always_give_a_valid_text(horizon, dim, maximum, seed):
 def test_language_is_exactly_the_integers(maximum):
     """Every text of one integer that the automaton admits, by exhaustive search."""
     grammar = make(1, maximum)
-    texts, frontier = set(), [((), Text())]
+    texts, frontier = set(), [((), PartialAnswer())]
     while frontier:
         path, state = frontier.pop()
         for symbol in grammar.allowed(state).nonzero()[0].tolist():
             longer = state.copy()
-            grammar.write(longer, symbol)
+            grammar.append(longer, symbol)
             if grammar.finished(longer):
                 texts.add(spell(grammar, (*path, symbol)))
             else:
@@ -77,6 +77,17 @@ def test_forced_tokens_at_1000_bins():
         assert grammar.forced(after(grammar, f"5 {text}")) == grammar.end
     for text in ("", "7", "10", "100", "5 "):
         assert grammar.forced(after(grammar, text)) is None
+
+
+@given(count=st.integers(1, 60), maximum=st.sampled_from([1, 9, 10, 1000, 4095]))
+def test_longest_answer(count, maximum):
+    grammar = make(count, maximum)
+    answer, tokens = PartialAnswer(), 0
+    for _ in range(count):
+        spelled = grammar.spell(maximum, answer)
+        grammar.append(answer, *spelled)
+        tokens += len(spelled)
+    assert grammar.finished(answer) and tokens == grammar.max_tokens
 
 
 def test_symbols_ascend_by_token_id():
@@ -103,7 +114,7 @@ def test_nearest_integer_that_begins_with_what_is_written(maximum, integer, writ
 
 def test_spelling_completes_what_is_written():
     grammar = make(2, 1000)
-    assert spell(grammar, grammar.spell(474, Text())) == "474 "
+    assert spell(grammar, grammar.spell(474, PartialAnswer())) == "474 "
     assert spell(grammar, grammar.spell(474, after(grammar, "47"))) == "4 "
     assert spell(grammar, grammar.spell(0, after(grammar, "5 "))) == "0."
 

@@ -112,12 +112,12 @@ def test_asks_and_reads(learnt, fake):
     assert set(requests) == set(batch["task"])
     request = requests[batch["task"][0]]
     assert request["model"] == "tiny" and request["temperature"] == 0 and request["max_tokens"] == 70
-    assert request["messages"][0] == {"role": "system", "content": policy.chat.system_prompt}
+    assert request["messages"][0] == {"role": "system", "content": policy.examples.chat.system_prompt}
     picture = request["messages"][1]["content"][0]["image_url"]["url"]
     assert picture.startswith("data:image/png;base64,")
 
     png = torch.frombuffer(bytearray(b64decode(picture.partition(",")[2])), dtype=torch.uint8)
-    assert torch.equal(decode_png(png), policy.examples.pictures(batch, None)[0, 0])
+    assert torch.equal(decode_png(png), policy.examples.pictures(policy.examples.check(batch), None)[0, 0])
     regex = request["structured_outputs"]["regex"]
     assert request["regex"] == regex and re.fullmatch(regex, "7 " * 13 + "1000")
     assert not re.fullmatch(regex, "7 " * 13 + "1001") and not re.fullmatch(regex, "7 " * 12 + "7")
@@ -200,7 +200,7 @@ def test_model_name(learnt, fake):
 def test_api_key(learnt, fake, monkeypatch):
     monkeypatch.setenv("VLA0_SERVER_API_KEY", "secret")
     policy, _ = remote(learnt, fake.url)
-    assert policy.server.client.headers["Authorization"] == "Bearer secret"
+    assert policy.decoder.client.headers["Authorization"] == "Bearer secret"
 
 
 def test_needs_no_weights(learnt, fake, tmp_path):

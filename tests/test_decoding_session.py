@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from lerobot_vla0 import backbone
-from lerobot_vla0.decoding.session import PromptCache, RowCache, encode_prefix
+from lerobot_vla0.decoding.kv_cache import KVCache
+from lerobot_vla0.decoding.session import DecodingSession, encode_prefix
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +25,7 @@ def prompts(processor, texts: list[str], seed: int = 0) -> dict[str, torch.Tenso
         return_tensors="pt",
     )
     inputs = {key: tokens[key] for key in ("input_ids", "attention_mask")}
-    return inputs | backbone.vision_inputs(processor, pictures, inputs["input_ids"])
+    return inputs | backbone.family(processor).vision_inputs(processor, pictures, inputs["input_ids"])
 
 
 @pytest.mark.parametrize(
@@ -54,7 +55,7 @@ def test_equals_a_full_pass(vlm, skip, compiled):
 
     with torch.no_grad():
         prefix = encode_prefix(model, inputs["input_ids"][:1, :skip]) if skip else None
-        cache = PromptCache(model, inputs, ids, room=32, prefix=prefix, compiled=compiled)
+        cache = DecodingSession(model, inputs, ids, room=32, prefix=prefix, compiled=compiled)
         steps = [
             cache.start([[15, 16, 220], []]),
             cache.extend([1, 0], [[17, 18], [19, 20, 21]]),
@@ -75,19 +76,19 @@ def test_equals_a_full_pass(vlm, skip, compiled):
 def test_buffers_are_used_again(vlm):
     """What an earlier chunk left in them changes nothing, and two chunks cannot use them at once."""
     model, processor = vlm
-    ids, buffers = list(range(15, 25)), RowCache()
+    ids, buffers = list(range(15, 25)), KVCache()
     answers = []
     for seed in (0, 1, 0):
         inputs = prompts(processor, ["go"], seed)
         with torch.no_grad():
-            cache = PromptCache(model, inputs, ids, room=32, buffers=buffers)
+            cache = DecodingSession(model, inputs, ids, room=32, buffers=buffers)
             answers.append((cache.start([[15, 16]]), cache.extend([1], [[17, 18]])))
         keys = buffers.layers[0][0]
     assert all((first == third).all() for first, third in zip(answers[0], answers[2], strict=True))
     assert not (answers[0][0] == answers[1][0]).all()
     earlier = cache
     with torch.no_grad():
-        PromptCache(model, inputs, ids, room=32, buffers=buffers)
+        DecodingSession(model, inputs, ids, room=32, buffers=buffers)
     assert buffers.layers[0][0] is keys
     with pytest.raises(RuntimeError, match="another chunk was begun.*compile_model=False"):
         earlier.extend([0], [[15]])

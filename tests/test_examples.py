@@ -11,14 +11,14 @@ from lerobot_vla0.prompt import IGNORE
 def test_policy_acts_and_trains_on_these_examples(policy, processors):
     batch = processors[0](make_batch())
     alone = ExampleMaker(policy.config, policy.vlm_processor)
-    inputs, labels, places = alone.training_inputs(batch, None)
-    for key, value in policy.training_inputs(batch)[0].items():
+    inputs, labels, places = alone.training_examples(batch, None)
+    for key, value in policy.examples.training_examples(batch, None)[0].items():
         assert torch.equal(inputs[key], value)
     answer = labels[0][labels[0] != IGNORE]
     text = policy.vlm_processor.tokenizer.decode(answer)
     assert text.split("<")[0].split() == [str(v) for v in batch["action"][0].flatten().tolist()]
     assert places.shape == labels.shape == inputs["input_ids"].shape
-    prompt = alone.acting_inputs(observation(batch))["input_ids"]
+    prompt = alone.acting_inputs(alone.check(observation(batch)))["input_ids"]
     assert torch.equal(prompt[0], inputs["input_ids"][0, : prompt.shape[1]])
 
 
@@ -26,14 +26,36 @@ def test_a_workers_copy_makes_the_same_examples(policy, processors):
     batch = processors[0](make_batch())
     copy = pickle.loads(pickle.dumps(policy.examples))
     one, two = (
-        maker.training_inputs(batch, torch.Generator().manual_seed(3)) for maker in (policy.examples, copy)
+        maker.training_examples(batch, torch.Generator().manual_seed(3)) for maker in (policy.examples, copy)
     )
     assert torch.equal(one[1], two[1]) and all(torch.equal(one[0][k], two[0][k]) for k in one[0])
-    other = copy.training_inputs(batch, torch.Generator().manual_seed(4))
+    other = copy.training_examples(batch, torch.Generator().manual_seed(4))
     assert not torch.equal(one[0]["pixel_values"], other[0]["pixel_values"])
 
 
 def test_action_of_another_shape(policy, processors):
     batch = processors[0](make_batch(chunk_size=4))
     with pytest.raises(ValueError, match=r"action must be integer bins of shape \(B, 8, 7\)"):
-        policy.examples.training_inputs(batch, None)
+        policy.examples.training_examples(batch, None)
+
+
+def test_state_that_is_missing_is_named(tiny_vlm, processors):
+    from conftest import make_config
+
+    from lerobot_vla0.modeling_vla0 import VLA0Policy
+
+    policy = VLA0Policy(make_config(tiny_vlm, use_state=True))
+    batch = processors[0](make_batch())
+    del batch["observation.state"]
+    with pytest.raises(ValueError, match=r"no 'observation.state', which use_state=True.*images.image2"):
+        policy.examples.check(batch)
+
+
+def test_rows_of_an_observation(policy, processors):
+    batch = processors[0](make_batch())
+    seen = policy.examples.check(batch)
+    some = seen.take([2, 0])
+    assert len(seen) == 4 and len(some) == 2 and some.tasks == [batch["task"][2], batch["task"][0]]
+    assert torch.equal(some.cameras[1][0], batch["observation.images.image2"][2])
+    one = policy.examples.check({**observation(batch, slice(0, 1)), "task": "open the drawer"})
+    assert one.tasks == ["open the drawer"]

@@ -94,10 +94,10 @@ def test_augmentation_is_reproducible_and_off_without_generator():
 def test_pixel_values_equal_transformers_on_the_pil_image(qwen_processor):
     """What the model sees is what Transformers' image processor makes of the same uint8 picture as a PIL
     image."""
-    from lerobot_vla0.backbone import vision_inputs
+    from lerobot_vla0.families import family
 
     pictures = prepare_images([rand(3, 3, 256, 256), rand(3, 3, 256, 256, seed=1)], **SETTINGS)
-    ours = vision_inputs(qwen_processor, pictures, torch.zeros(3, 4, dtype=torch.long))
+    ours = family(qwen_processor).vision_inputs(qwen_processor, pictures, torch.zeros(3, 4, dtype=torch.long))
     pil = [Image.fromarray(p[0].permute(1, 2, 0).numpy()) for p in pictures]
     # min_pixels = max_pixels = 224·448, as the original code sets them.
     theirs = qwen_processor.image_processor(

@@ -7,9 +7,16 @@ import torch
 from conftest import learn, make_batch, make_config, make_stats, observation, randomise
 from lerobot.configs import FeatureType, PolicyFeature
 
+from lerobot_vla0.examples import augmentation_generator
 from lerobot_vla0.modeling_vla0 import VLA0Policy
 from lerobot_vla0.processor_vla0 import make_vla0_pre_post_processors
 from lerobot_vla0.prompt import IGNORE
+
+
+def examples_of(policy, batch: dict):
+    """As `forward` makes them."""
+    generator = augmentation_generator() if policy.training else None
+    return policy.examples.training_examples(batch, generator)
 
 
 def save_all(policy, processors, folder: Path) -> Path:
@@ -26,7 +33,7 @@ def test_loss_is_transformers_loss(policy, processors):
     """Cross-entropy at supervised positions only equals Transformers' own loss on the same example and
     labels."""
     batch = processors[0](make_batch())
-    inputs, labels, _ = policy.training_inputs(batch)
+    inputs, labels, _ = examples_of(policy, batch)
     loss, metrics = policy(batch)
     theirs = policy.model(**inputs, labels=labels).loss
     assert loss.item() == pytest.approx(theirs.item(), rel=1e-5)
@@ -53,15 +60,15 @@ def test_reduction_none(policy, processors):
 
 def test_augments_in_training_only(policy, processors):
     batch = processors[0](make_batch())
-    first, second = policy.training_inputs(batch), policy.training_inputs(batch)
+    first, second = examples_of(policy, batch), examples_of(policy, batch)
     assert torch.equal(first[1], second[1]) and torch.equal(
         first[0]["pixel_values"], second[0]["pixel_values"]
     )
     policy.train()
-    augmented = policy.training_inputs(batch)
+    augmented = examples_of(policy, batch)
     assert not torch.equal(augmented[0]["pixel_values"], first[0]["pixel_values"])
-    assert (augmented[0]["input_ids"] == policy.chat.mask_id).sum() > (
-        first[0]["input_ids"] == policy.chat.mask_id
+    assert (augmented[0]["input_ids"] == policy.examples.chat.mask_id).sum() > (
+        first[0]["input_ids"] == policy.examples.chat.mask_id
     ).sum()
 
 
@@ -71,7 +78,7 @@ def test_augmentation_follows_the_global_seed_and_differs_between_ranks(policy, 
 
     def draw(seed: int) -> torch.Tensor:
         random.seed(seed)
-        return policy.training_inputs(batch)[0]["pixel_values"]
+        return examples_of(policy, batch)[0]["pixel_values"]
 
     same, again, other = draw(1), draw(1), draw(2)
     assert torch.equal(same, again) and not torch.equal(same, other)
@@ -85,7 +92,7 @@ def test_padded_timesteps(tiny_vlm, processors):
     batch["action_is_pad"][0, 5:] = True
     default = VLA0Policy(make_config(tiny_vlm)).eval()
     masked = VLA0Policy(make_config(tiny_vlm, do_mask_loss_for_padding=True)).eval()
-    kept, dropped = default.training_inputs(batch)[1], masked.training_inputs(batch)[1]
+    kept, dropped = examples_of(default, batch)[1], examples_of(masked, batch)[1]
     assert torch.equal(kept[1], dropped[1])
     gone = (kept[0] != IGNORE) & (dropped[0] == IGNORE)
     text = default.vlm_processor.tokenizer.decode(kept[0][gone])
@@ -271,7 +278,7 @@ def test_generation_config_of_the_base_model_has_no_influence(policy, processors
         repetition_penalty=5.0,
         do_sample=True,
         temperature=9.0,
-        suppress_tokens=policy.chat.digit_ids,
+        suppress_tokens=policy.examples.chat.digit_ids,
         max_length=3,
     )
     assert torch.equal(policy.predict_action_chunk(batch), before)
@@ -286,12 +293,27 @@ def test_temperature_samples(tiny_vlm, processors):
     assert not torch.equal(one, two) and torch.equal(policy.predict_action_chunk(batch), one)
 
 
-def test_acting_leaves_training_mode_and_gradients_alone(policy, processors):
+@pytest.mark.parametrize("act", ["select_action", "predict_action_chunk", "stream_action_chunk"])
+def test_acting_is_in_evaluation_mode_and_leaves_gradients_alone(act, policy, processors):
+    """Evaluation mode from the start of the call, as LeRobot's ACT; training goes on after `train()`."""
     batch = processors[0](make_batch(rows=1))
     policy.train()
-    policy.select_action(observation(batch))
-    assert policy.training and not policy._environments[0].queue[0].requires_grad
+    acted = getattr(policy, act)(observation(batch))
+    assert not policy.training
+    action = next(acted) if act == "stream_action_chunk" else acted
+    assert not action.requires_grad and not policy.training
+    policy.train()
     policy(batch)[0].backward()
+
+
+def test_predicting_for_other_environments_keeps_the_queue(tiny_vlm, processors):
+    policy = VLA0Policy(make_config(tiny_vlm, n_action_steps=3)).eval()
+    batch = observation(processors[0](make_batch(rows=2)))
+    chunk = policy.predict_action_chunk(batch)
+    assert torch.equal(policy.select_action(batch), chunk[:, 0])
+    other = observation(processors[0](make_batch(rows=3, seed=5)))
+    policy.predict_action_chunk(other)
+    assert torch.equal(policy.select_action({**batch}), chunk[:, 1])
 
 
 def test_untiled_cameras_order_and_state(tiny_vlm, processors):
@@ -299,12 +321,13 @@ def test_untiled_cameras_order_and_state(tiny_vlm, processors):
     config = make_config(tiny_vlm, tile_images=False, cameras=keys, use_state=True)
     policy = VLA0Policy(config).eval()
     batch = processors[0](make_batch(rows=2))
-    pictures = policy.examples.pictures(batch, None)
+    seen = policy.examples.check(batch)
+    pictures = policy.examples.pictures(seen, None)
     assert pictures.shape == (2, 2, 3, 56, 56)
     crop = batch[keys[0]][..., 4:60, 4:60]
     assert torch.equal(pictures[:, 0], (crop * 255).round().byte())
     text = policy.vlm_processor.tokenizer.decode(
-        policy.chat.inference_batch(policy.examples.instructions(batch))["input_ids"][0]
+        policy.examples.chat.inference_batch(policy.examples.instructions(seen))["input_ids"][0]
     )
     assert "Picture 2: " in text and "in the basket\nState: " in text
     assert len(text.split("State: ")[1].split("<")[0].split()) == 8

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from lerobot_vla0 import backbone
 from lerobot_vla0.prompt import IGNORE, ChatFormatter, number_tokens
 
 
@@ -19,8 +20,9 @@ def make_chat(processor, **overrides) -> ChatFormatter:
         "num_pictures": 1,
         "picture_size": (224, 448),
         "add_vision_id": True,
-    }
-    return ChatFormatter(processor, **{**settings, **overrides})
+    } | overrides
+    mark, text = backbone.family(processor).picture_text(processor, *settings["picture_size"])
+    return ChatFormatter(processor, picture_mark=mark, picture_text=text, **settings)
 
 
 def golden_bins(golden) -> torch.Tensor:

@@ -11,7 +11,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from .. import backbone
 from ..decoding import engine as decoding
 from ..decoding.drafting import Drafter
-from ..decoding.grammar import IntegerGrammar, Text
+from ..decoding.grammar import IntegerGrammar, PartialAnswer
 from ..modeling_vla0 import VLA0Policy
 from .models import synchronize
 
@@ -103,7 +103,7 @@ def _write_generate(policy: VLA0Policy, mode: str, chunks: list[Chunk], masked: 
     processors.append(restrict(grammar, prompt))
     settings = GenerationConfig(
         do_sample=False,
-        max_new_tokens=grammar.count * (len(str(grammar.maximum)) + 1),
+        max_new_tokens=grammar.max_tokens,
         eos_token_id=grammar.token_ids[grammar.end],
         pad_token_id=policy.chat.pad_id,
     )
@@ -150,11 +150,11 @@ class ExactGrammar(LogitsProcessor):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         kept = torch.full_like(scores, -torch.inf)
         for row, tokens in enumerate(input_ids[:, self.prompt :].tolist()):
-            text = Text()
+            text = PartialAnswer()
             for token in tokens:
                 if self.grammar.finished(text):
                     break
-                self.grammar.write(text, self.grammar.token_ids.index(token))
+                self.grammar.append(text, self.grammar.token_ids.index(token))
             finished = self.grammar.finished(text)
             ids = (
                 self.grammar.token_ids[self.grammar.end] if finished else self.ids[self.grammar.allowed(text)]
@@ -254,7 +254,7 @@ def tie_gap(policy: VLA0Policy, chunk: Chunk, masked: bool, said: list[int], oth
 
 
 def symbols_of(grammar: IntegerGrammar, integers: list[int]) -> list[int]:
-    text, symbols = Text(), []
+    text, symbols = PartialAnswer(), []
     for integer in integers:
         symbols += grammar.spell(integer, text)
         text.integers.append(integer)

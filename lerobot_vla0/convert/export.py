@@ -63,8 +63,8 @@ def _write(folder: Path, config: VLA0Config, out: Path) -> None:
     # Imported here: transformers takes seconds, and `--help` must not.
     from transformers import AutoConfig, AutoProcessor, GenerationConfig
 
-    from .. import backbone
     from ..examples import ExampleMaker
+    from ..families import family
 
     processor = AutoProcessor.from_pretrained(folder / VLM_FOLDER)
     chat = ExampleMaker(config, processor).chat
@@ -81,7 +81,7 @@ def _write(folder: Path, config: VLA0Config, out: Path) -> None:
     if chat.lead:
         template += "{% if add_generation_prompt %}{{ " + repr(chat.lead) + " }}{% endif %}"
     processor.chat_template = processor.tokenizer.chat_template = template
-    backbone.pin_picture_size(processor, *chat.picture_size)
+    family(processor).pin_picture_size(processor, *chat.picture_size)
     processor.save_pretrained(out)
     # Where Transformers 4 (and engines built on it) look.
     processor.image_processor.save_pretrained(out)
@@ -114,7 +114,7 @@ def action_spec(folder: Path, config: VLA0Config, chat: Any) -> dict[str, Any]:
         "spec_version": SPEC_VERSION,
         "messages": chat.messages("{instruction}"),
         "regex": grammar.regex,
-        "max_tokens": max_tokens(config),
+        "max_tokens": grammar.max_tokens,
         "chunk_size": config.chunk_size,
         "action_dim": config.action_feature.shape[0],
         "num_bins": config.num_bins,
@@ -141,11 +141,6 @@ def action_spec(folder: Path, config: VLA0Config, chat: Any) -> dict[str, Any]:
             "state": state,
         },
     }
-
-
-def max_tokens(config: VLA0Config) -> int:
-    """Upper bound of an answer's length: every integer with all its digits and a separator."""
-    return config.chunk_size * config.action_feature.shape[0] * (len(str(config.num_bins)) + 1)
 
 
 def _copy_weights(weights: Path, out: Path) -> None:

@@ -1,52 +1,54 @@
-"""Guesses of what an answer will say next, for speculative decoding. Guesses cost time when they are wrong,
-never correctness: the decoder verifies every one.
+"""Drafts for speculative decoding: guesses of an answer's next symbols. The decoder verifies every one, so a
+wrong guess costs time, never correctness.
 
-Robot actions are smooth, so a timestep's integers are close to those of the timestep before. A model trained
-with masked actions hardly looks at its own numbers, so what it predicts *behind* a wrong guess is mostly what
-it will predict once the guess is corrected (Jacobi refinement): for such a model any guess is worth making.
+Robot actions are smooth: a timestep's integers are close to those of the timestep before. And a pass that
+rejects a symbol still yields what the model predicts *after* it. A model trained with masked actions depends
+little on its own numbers, so that it mostly predicts the same once the symbol is corrected: its predictions
+make a good next draft (Jacobi decoding, Santilli et al., 2023), and even a wrong draft is worth making.
 """
 
 from dataclasses import dataclass
 
-from .grammar import IntegerGrammar, Text
+from .grammar import IntegerGrammar, PartialAnswer
 
-# A source's chance to be right, before it has a record: what the last answer said of the same timestep, the
-# timestep before once more, the last two extrapolated, and the middle of the range where nothing is known.
+# Probability that a guess is right, assumed before there is evidence, by its source: the last answer for the
+# same timestep, the timestep before, the last two timesteps extrapolated, and the middle of the range, where
+# nothing is known.
 PRIOR = {"previous": 0.7, "copy": 0.5, "linear": 0.3, "middle": 0.02}
-LOOK_BACK = 3  # timesteps of the same dimension over which sources are compared
-FADE = 0.9  # of what trust remembers, with each new prediction
-# Above this trust, a draft is worth making for what the model says behind it, even if it is wrong itself.
-TRUSTED = 0.25
+LOOK_BACK = 3  # timesteps on which sources are compared
+DECAY = 0.9  # of the weight of an acceptance rate's older evidence, with each new prediction
+# From this acceptance rate on, a draft is worth making for the predictions after it, even if it is rejected.
+RELIABLE = 0.25
 
 
 @dataclass
-class Trust:
-    """How good the model's own predictions behind wrong guesses are. That lies in how it was trained, so one
-    record serves all rows and outlives episodes."""
+class AcceptanceRate:
+    """Running mean of how good the model's predictions after a rejected symbol turn out to be. It depends on
+    how the model was trained, so all rows and episodes share one."""
 
-    right: float = 1.0
-    judged: float = 2.0
+    accepted: float = 1.0
+    total: float = 2.0
 
-    def judge(self, closeness: float) -> None:
-        """Of one prediction, once the integer is known."""
-        self.right, self.judged = FADE * self.right + closeness, FADE * self.judged + 1
+    def update(self, score: float) -> None:
+        """Counts one prediction, with a score in [0, 1] from `_score`."""
+        self.accepted, self.total = DECAY * self.accepted + score, DECAY * self.total + 1
 
     @property
-    def share(self) -> float:
-        """In [0, 1]; compares with the mean closeness of other guesses."""
-        return self.right / self.judged
+    def value(self) -> float:
+        return self.accepted / self.total
 
 
 class Drafter:
-    """Drafts one row's answers; remembers its last one.
+    """Drafts the answers of one row, one answer after the other.
 
     Args:
-        grammar: of the answers; `count` = timesteps × dim integers.
+        grammar: of the answers; its `count` is timesteps × dim.
         dim: integers per timestep (D).
         length: most symbols of a draft.
-        worth: a symbol is drafted only if all before it are right with at least this chance: what one more
-            symbol costs in a pass, in passes that a right one saves. 0 always drafts `length`.
-        trust: shared with other rows; None starts one of its own.
+        worth: in 0..1; an integer is drafted only if all drafted before it are right with at least this
+            estimated probability. Set it to the cost of one more symbol in a pass, relative to what an
+            accepted one saves.
+        acceptance: rate shared with other rows; None makes a new one.
     """
 
     def __init__(
@@ -55,116 +57,116 @@ class Drafter:
         dim: int,
         length: int,
         worth: float = 0.0,
-        trust: Trust | None = None,
+        acceptance: AcceptanceRate | None = None,
     ) -> None:
         self.grammar, self.dim, self.length, self.worth = grammar, dim, length, worth
-        self.trust = Trust() if trust is None else trust
+        self.acceptance = AcceptanceRate() if acceptance is None else acceptance
         self.reset()
 
     def reset(self) -> None:
-        """Forgets the last answer. Call when the next one will have nothing to do with it."""
-        self.previous: list[int] = []  # what the last answer said of the timesteps that are now asked for
-        self.history: list[int] = []  # the last timesteps before those, at most two
+        """Forgets the last answer. Call when the next one is unrelated to it (a new episode)."""
+        self.previous: list[int] = []  # the last answer's integers, from the next answer's first timestep on
+        self.history: list[int] = []  # at most two timesteps before those
         self.start()
 
     def start(self) -> None:
         """Call before each answer."""
-        self.own: dict[int, int] = {}  # the model's own predictions of coming integers
-        self.behind: dict[int, int] = {}  # those that it made behind a wrong guess, until they are known
-        # An integer whose first digits the last pass has settled, completed as close to its draft as can be.
-        self.settled: tuple[int, int] | None = None
+        # The model's predictions of integers, by index in the answer.
+        self.predictions: dict[int, int] = {}
+        # Those made after a rejected symbol, until the integer is known and they can be scored.
+        self.unverified: dict[int, int] = {}
+        # Index and value of the integer with the last rejected symbol: that symbol replaced by the model's,
+        # the digits after it as close to the draft as possible.
+        self.corrected: tuple[int, int] | None = None
 
     def remember(self, integers: list[int], executed: int) -> None:
-        """Keeps an answer of which `executed` timesteps will have been acted on when the next is asked
-        for."""
+        """Keeps an answer as a source for the next one, which begins `executed` timesteps later."""
         past = (self.history + integers[: executed * self.dim])[-2 * self.dim :]
         self.history, self.previous = past, integers[executed * self.dim :]
 
-    def draft(self, text: Text, needed: int) -> list[int]:
-        """Symbols that may follow, at most `length` and no further than `needed` integers."""
-        for slot in [slot for slot in self.behind if slot < len(text.integers)]:
-            self.trust.judge(_closeness(self.behind.pop(slot), text.integers[slot]))
-        trusted = self.trust.share >= max(TRUSTED, self.worth)
-        text, symbols, chance = text.copy(), [], 1.0
-        while len(symbols) < self.length and len(text.integers) < needed:
-            guess, right = self._guess(text.integers)
-            if not trusted and (chance < self.worth or right <= PRIOR["middle"]):
+    def draft(self, answer: PartialAnswer, needed: int) -> list[int]:
+        """Symbols that may follow the answer: at most `length`, and not beyond `needed` integers."""
+        for index in [index for index in self.unverified if index < len(answer.integers)]:
+            self.acceptance.update(_score(self.unverified.pop(index), answer.integers[index]))
+        reliable = self.acceptance.value >= max(RELIABLE, self.worth)
+        answer, symbols, reached = answer.copy(), [], 1.0
+        while len(symbols) < self.length and len(answer.integers) < needed:
+            guess, probability = self._guess(answer.integers)
+            if not reliable and (reached < self.worth or probability <= PRIOR["middle"]):
                 break
-            more = self.grammar.spell(self.grammar.nearest(guess, text.value), text)
-            for symbol in more:
-                self.grammar.write(text, symbol)
-            symbols += more
-            chance *= right
+            spelled = self.grammar.spell(self.grammar.nearest(guess, answer.value), answer)
+            self.grammar.append(answer, *spelled)
+            symbols += spelled
+            reached *= probability
         return symbols[: self.length]
 
-    def learn(self, text: Text, draft: list[int], predicted: list[int]) -> None:
-        """Takes over the model's own predictions.
+    def learn(self, answer: PartialAnswer, draft: list[int], predicted: list[int]) -> None:
+        """Keeps the model's predictions of the integers in a verified draft.
 
         Args:
-            text: what was written before the draft.
-            draft: symbols that were verified.
-            predicted: the model's symbol at the place of each of them.
+            answer: before the draft.
+            draft: the drafted symbols.
+            predicted: the model's symbol in place of each of them; what comes after is ignored.
         """
-        text, self.settled, wrong = text.copy(), None, False
-        own: Text | None = None  # the current integer as the model would have it, from its first other symbol
-        near = Text()  # the same up to that symbol
-        for symbol, its in zip(draft, predicted, strict=True):
-            if own is None and its != symbol:
-                own = text.copy()
-                self.grammar.write(own, its)
-                near = own.copy()
-            elif own is not None and own.value >= 0 and self.grammar.allowed(own)[its]:
-                self.grammar.write(own, its)
-            self.grammar.write(text, symbol)
-            if text.value >= 0:
+        self.corrected, answer, begin = None, answer.copy(), 0
+        accepted = next((i for i in range(len(draft)) if predicted[i] != draft[i]), len(draft))
+        for end, symbol in enumerate(draft, 1):
+            if symbol not in (self.grammar.space, self.grammar.end):
                 continue
-            # An integer is complete.
-            slot, drafted = len(text.integers) - 1, text.integers[-1]
-            if own is None:
-                self.own[slot] = drafted
-            else:
-                # What the model has not finished at the draft's separator is completed as the draft has it.
-                self.own[slot] = self._complete(own, slot, drafted)
-                if not wrong:
-                    self.settled = slot, self._complete(near, slot, drafted)
-            if wrong:
-                self.behind[slot] = self.own[slot]
-            wrong, own = wrong or own is not None, None
+            # draft[begin:end] completes an integer.
+            before = answer.copy()
+            self.grammar.append(answer, *draft[begin:end])
+            index, drafted = len(answer.integers) - 1, answer.integers[-1]
+            self.predictions[index] = self._read_integer(before, predicted[begin:end], drafted)
+            if accepted < begin:
+                self.unverified[index] = self.predictions[index]
+            elif accepted < end:
+                self.corrected = index, self._read_integer(before, predicted[begin : accepted + 1], drafted)
+            begin = end
 
-    def _complete(self, text: Text, slot: int, drafted: int) -> int:
-        return text.integers[slot] if slot < len(text.integers) else self.grammar.nearest(drafted, text.value)
+    def _read_integer(self, answer: PartialAnswer, symbols: list[int], drafted: int) -> int:
+        """The answer's next integer as predicted symbols spell it. After a rejected symbol they may break the
+        grammar: such symbols are skipped. Missing digits are chosen as close to `drafted` as possible."""
+        index, answer = len(answer.integers), answer.copy()
+        for symbol in symbols:
+            if len(answer.integers) == index and self.grammar.allowed(answer)[symbol]:
+                self.grammar.append(answer, symbol)
+        complete = len(answer.integers) > index
+        return answer.integers[index] if complete else self.grammar.nearest(drafted, answer.value)
 
     def _guess(self, integers: list[int]) -> tuple[int, float]:
-        """The next integer, from those before it, and its chance to be right."""
-        slot = len(integers)
-        if self.settled is not None and slot == self.settled[0] and self.trust.share < TRUSTED:
-            return self.settled[1], PRIOR["linear"]
-        best = (0.0, PRIOR["middle"], self.grammar.maximum // 2)
-        for name, value in self._sources(slot, integers).items():
-            # Its record in this dimension.
-            score, right, count = PRIOR[name], PRIOR[name], 1
-            for earlier in range(slot - self.dim, max(-1, slot - LOOK_BACK * self.dim - 1), -self.dim):
-                before = self._sources(earlier, integers).get(name)
-                if before is not None:
-                    score += _closeness(before, integers[earlier])
-                    right, count = right + (before == integers[earlier]), count + 1
-            best = max(best, (score / count, right / count, value))
-        if slot in self.own and self.trust.share >= best[0]:
-            return self.own[slot], self.trust.share
+        """The integer that follows `integers`, and the probability that this is right."""
+        index = len(integers)
+        # Where predictions after a rejected symbol are unreliable, only the replaced symbol itself counts.
+        if self.corrected and index == self.corrected[0] and self.acceptance.value < RELIABLE:
+            return self.corrected[1], PRIOR["linear"]
+        best = (0.0, PRIOR["middle"], self.grammar.maximum // 2)  # mean score, share that was right, integer
+        for source, guess in self._sources(index, integers).items():
+            # How good this source was for the last timesteps of the same dimension.
+            score, right, count = PRIOR[source], PRIOR[source], 1
+            for earlier in range(index - self.dim, max(-1, index - LOOK_BACK * self.dim - 1), -self.dim):
+                past = self._sources(earlier, integers).get(source)
+                if past is not None:
+                    score += _score(past, integers[earlier])
+                    right, count = right + (past == integers[earlier]), count + 1
+            best = max(best, (score / count, right / count, guess))
+        if index in self.predictions and self.acceptance.value >= best[0]:
+            return self.predictions[index], self.acceptance.value
         return best[2], best[1]
 
-    def _sources(self, slot: int, integers: list[int]) -> dict[str, int]:
-        known, place = self.history + integers, slot + len(self.history)
-        result = {}
-        if slot < len(self.previous):
-            result["previous"] = self.previous[slot]
+    def _sources(self, index: int, integers: list[int]) -> dict[str, int]:
+        """What the sources in `PRIOR` say of the integer at `index`, as far as each has data."""
+        known, place = self.history + integers, index + len(self.history)
+        guesses = {}
+        if index < len(self.previous):
+            guesses["previous"] = self.previous[index]
         if place >= self.dim:
-            result["copy"] = last = known[place - self.dim]
+            guesses["copy"] = last = known[place - self.dim]
             if place >= 2 * self.dim:
-                result["linear"] = min(max(2 * last - known[place - 2 * self.dim], 0), self.grammar.maximum)
-        return result
+                guesses["linear"] = min(max(2 * last - known[place - 2 * self.dim], 0), self.grammar.maximum)
+        return guesses
 
 
-def _closeness(guess: int, true: int) -> float:
-    """Wrong is wrong; being near may save a digit or two."""
+def _score(guess: int, true: int) -> float:
+    """1 for a right guess; up to 0.5 for a near one, whose first digits may be accepted."""
     return 1.0 if guess == true else max(0.0, 0.5 - abs(guess - true) / 100)

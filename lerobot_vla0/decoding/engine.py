@@ -1,10 +1,12 @@
-"""Constrained decoding of a causal LM under a grammar, several tokens per forward pass. Knows tokens and
-logits; nothing of images or robots.
+"""Constrained greedy decoding with speculative drafts: a causal LM writes answers of a grammar with
+several tokens per pass. Deals with tokens and logits only, not with images or robots.
 
-The definition of VLA-0 decoding here: at each step the argmax of the model's logits over the tokens that the
-grammar allows (ties: lowest token id). No repetition penalty and no sampling, whatever the model's
-`generation_config` says. Drafts change the number of passes, never the tokens (Leviathan et al., "Fast
-Inference from Transformers via Speculative Decoding", 2023; here drafts cost no model of their own).
+The output is, at each step, the argmax of the model's logits over the tokens that the grammar allows (ties:
+lowest token id), without repetition penalty or sampling, whatever the model's `generation_config` says. A
+draft guesses the next tokens. One forward pass yields the logits after each drafted token; the longest prefix
+of the draft that equals the model's own choices is accepted, and the model's choice after it is a further
+token (Leviathan et al., "Fast Inference from Transformers via Speculative Decoding", 2023; here drafts come
+from heuristics, not from a draft model). Drafts change the number of passes, never the tokens.
 """
 
 from collections.abc import Iterator
@@ -15,34 +17,36 @@ import numpy as np
 import torch
 
 from .drafting import Drafter
-from .grammar import IntegerGrammar, Text
+from .grammar import IntegerGrammar, PartialAnswer
 
 
 class Model(Protocol):
-    """A causal LM behind R prompts. Logits are (R, at least 1 + longest draft, 12): of the grammar's symbols,
-    after the last certain token of each row and after each of its drafted ones."""
+    """A causal LM with a KV cache for R prompts. Both methods feed tokens and return logits of the grammar's
+    symbols, (R, at least 1 + longest draft, 12): before a row's first drafted token, then after each of them.
+    Places beyond a row's own draft are not read."""
 
     def start(self, drafts: list[list[int]]) -> np.ndarray:
         """Feeds the prompts, each followed by its drafted tokens."""
 
     def extend(self, kept: list[int], tokens: list[list[int]]) -> np.ndarray:
-        """Keeps the first `kept[r]` tokens that were fed to row r last time, and feeds `tokens[r]`: a certain
-        one and drafted ones. Rows without tokens are finished; their logits do not matter."""
+        """Keeps in the cache the first `kept[r]` of the tokens last fed to row r, drops the others (rejected
+        drafts), and feeds `tokens[r]`: an accepted token that is not in the cache yet, then a draft. A row
+        without tokens is finished; its logits are not read."""
 
 
 @dataclass
 class Decoded:
     rows: list["Row"]
-    passes: int = 0  # forward passes of the model, the prompt's included
+    passes: int = 0  # forward passes of the model, including the one over the prompt
 
     @property
     def integers(self) -> list[list[int]]:
-        """R lists of the integers that are finished so far."""
-        return [row.text.integers for row in self.rows]
+        """The complete integers of each of the R rows so far."""
+        return [row.answer.integers for row in self.rows]
 
 
 def decode(model: Model, grammar: IntegerGrammar, rows: int, **settings: Any) -> Decoded:
-    """Writes until every row has the integers that are needed. Arguments and errors of `decode_stream`."""
+    """Decodes to the end. Arguments and errors are those of `decode_stream`."""
     *_, decoded = decode_stream(model, grammar, rows, **settings)
     return decoded
 
@@ -58,17 +62,18 @@ def decode_stream(
     temperature: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> Iterator[Decoded]:
-    """Yields, after each pass, the same object with what is written so far.
+    """Decodes and yields, after each forward pass, the same `Decoded` object with the answers so far.
 
     Args:
-        model: behind the prompts.
-        grammar: what may be written.
-        rows: R, how many prompts.
-        count: integers needed; fewer than `grammar.count` stops early. None writes the whole text.
-        drafters: one per row; None feeds one token a pass, even those that the grammar forces.
-        temperature: 0 takes the argmax, above 0 samples from softmax(logits / temperature) over allowed
+        model: the LM with R prompts.
+        grammar: of the answers.
+        rows: R, number of prompts.
+        count: integers to decode per row; None decodes whole answers. The last pass may give a row more.
+        drafters: one per row, `start()`ed; None feeds one token per pass, even where the grammar leaves no
+            choice.
+        temperature: 0 takes the argmax; above 0 samples from softmax(logits / temperature) over the allowed
             symbols.
-        generator: of the sampling, on the CPU.
+        generator: CPU random generator for sampling; None uses PyTorch's default one.
 
     Raises:
         ValueError: `count` or `temperature` out of range.
@@ -79,115 +84,109 @@ def decode_stream(
     if temperature < 0:
         raise ValueError(f"temperature must be at least 0, got {temperature}.")
     result = Decoded([Row(grammar, needed, drafters[i] if drafters else None) for i in range(rows)])
-
-    def token_ids(symbols: list[int]) -> list[int]:
-        return [grammar.token_ids[s] for s in symbols]
-
-    logits = model.start([token_ids(row.draft) for row in result.rows])
+    logits = model.start([row.tokens for row in result.rows])
     while True:
         result.passes += 1
-        kept = [row.read(logits[i], temperature, generator) for i, row in enumerate(result.rows)]
+        kept = [row.verify(logits[i], temperature, generator) for i, row in enumerate(result.rows)]
         yield result
         if all(row.done for row in result.rows):
             return
-        logits = model.extend(kept, [token_ids(row.pending + row.draft) for row in result.rows])
+        logits = model.extend(kept, [row.tokens for row in result.rows])
 
 
 class Row:
-    """One row's text, and what is fed next: a certain symbol that the model has not seen, and a draft."""
+    """One prompt's answer, its symbols so far, and the draft that the next pass verifies."""
 
     def __init__(self, grammar: IntegerGrammar, needed: int, drafter: Drafter | None) -> None:
         self.grammar, self.needed, self.drafter = grammar, needed, drafter
-        self.text, self.symbols = Text(), []
-        self.pending: list[int] = []
-        self.draft = self._propose()
+        self.answer, self.symbols = PartialAnswer(), []
+        self.draft = self._next_draft()
 
     @property
     def done(self) -> bool:
-        return len(self.text.integers) >= self.needed
+        return len(self.answer.integers) >= self.needed
 
-    def read(self, logits: np.ndarray, temperature: float, generator: torch.Generator | None) -> int:
-        """Takes over what the model says, (places, 12) logits, and drafts anew. Returns how many of the
-        tokens that were fed hold."""
+    @property
+    def tokens(self) -> list[int]:
+        """Token ids for the next pass: the last symbol, which is the model's own choice after the last draft
+        and not in the KV cache yet, and the draft."""
+        return [] if self.done else [self.grammar.token_ids[s] for s in self.symbols[-1:] + self.draft]
+
+    def verify(self, logits: np.ndarray, temperature: float, generator: torch.Generator | None) -> int:
+        """Verifies the draft, extends the answer and makes the next draft.
+
+        Args:
+            logits: (at least 1 + length of the draft, 12), before the first drafted symbol and after each.
+
+        Returns:
+            how many of the tokens that were fed are part of the answer.
+        """
         if self.done:
             return 0
-        new, predicted, walk = [], [], self.text.copy()
-        # What the model says behind the first difference only serves the next draft.
-        agreed = True
-        for place in range(len(self.draft) + 1):
-            guess = self.draft[place] if place < len(self.draft) else None
-            allowed = self.grammar.allowed(walk)
-            if temperature > 0 and agreed:
-                symbol = _sample(logits[place], allowed, guess, temperature, generator)
+        accepted, predicted, answer = 0, [], self.answer.copy()
+        for place, drafted in enumerate([*self.draft, None]):
+            if self.grammar.finished(answer):
+                break
+            allowed = self.grammar.allowed(answer)
+            # What is predicted after a rejected symbol only serves the next draft.
+            verifying = accepted == place
+            if verifying and temperature > 0:
+                symbol = _sample(logits[place], allowed, drafted, temperature, generator)
             else:
                 symbol = int(np.where(allowed, logits[place], -np.inf).argmax())
             predicted.append(symbol)
-            if agreed:
-                new.append(symbol)
-            agreed = agreed and symbol == guess
-            if guess is None:
-                break
-            self.grammar.write(walk, guess)
-            if self.grammar.finished(walk):
-                break
-        accepted = sum(a == b for a, b in zip(new, self.draft, strict=False))
+            if drafted is not None:
+                accepted += verifying and symbol == drafted
+                self.grammar.append(answer, drafted)
         if self.drafter is not None:
-            self.drafter.learn(self.text, self.draft, predicted[: len(self.draft)])
-        kept = len(self.pending) + accepted
-        self.pending = new[accepted:]
-        self._write(new)
+            self.drafter.learn(self.answer, self.draft, predicted)
+        kept = len(self.symbols[-1:]) + accepted
+        self._extend_answer(predicted[: accepted + 1])
         if self.drafter is not None and not self.done:
-            # A text whose rest is forced needs no further pass.
-            rest = self._forced([])
-            after = self.text.copy()
-            for symbol in rest:
-                self.grammar.write(after, symbol)
-            if len(after.integers) >= self.needed:
-                self._write(rest)
-        if self.done:
-            self.pending, self.draft = [], []
-        else:
-            self.draft = self._propose()
+            # If the grammar forces all of the rest, no further pass is needed.
+            rest, answer = self._forced(self.answer)
+            if len(answer.integers) >= self.needed:
+                self._extend_answer(rest)
+        if not self.done:
+            self.draft = self._next_draft()
         return kept
 
-    def _write(self, symbols: list[int]) -> None:
-        for symbol in symbols:
-            self.grammar.write(self.text, symbol)
+    def _extend_answer(self, symbols: list[int]) -> None:
+        self.grammar.append(self.answer, *symbols)
         self.symbols += symbols
 
-    def _propose(self) -> list[int]:
-        """The drafter's symbols, and those that the grammar forces behind them, which cost nothing."""
+    def _next_draft(self) -> list[int]:
+        """The drafter's symbols, and those that the grammar forces after them."""
         if self.drafter is None:
             return []
-        draft = self.drafter.draft(self.text, self.needed)
-        return draft + self._forced(draft)
+        draft, answer = self.drafter.draft(self.answer, self.needed), self.answer.copy()
+        self.grammar.append(answer, *draft)
+        return draft + self._forced(answer)[0]
 
-    def _forced(self, draft: list[int]) -> list[int]:
-        """The symbols that must follow a draft."""
-        text, forced = self.text.copy(), []
-        for symbol in draft:
-            self.grammar.write(text, symbol)
-        while len(text.integers) < self.needed and (symbol := self.grammar.forced(text)) is not None:
-            forced.append(symbol)
-            self.grammar.write(text, symbol)
-        return forced
+    def _forced(self, answer: PartialAnswer) -> tuple[list[int], PartialAnswer]:
+        """Symbols that the grammar forces after an answer, up to `needed` integers; the answer with them."""
+        symbols, answer = [], answer.copy()
+        while len(answer.integers) < self.needed and (symbol := self.grammar.forced(answer)) is not None:
+            symbols.append(symbol)
+            self.grammar.append(answer, symbol)
+        return symbols, answer
 
 
 def _sample(
     logits: np.ndarray,
     allowed: np.ndarray,
-    guess: int | None,
+    drafted: int | None,
     temperature: float,
     generator: torch.Generator | None,
 ) -> int:
-    """One symbol from the softmax over allowed ones. A guess is taken with its own probability, else the
-    others share the draw: together exactly the softmax, and the guess holds as often as it can."""
+    """One symbol from the softmax over the allowed ones. The drafted symbol is accepted with its probability;
+    otherwise one of the others is drawn in proportion to theirs. Both together are exactly the softmax."""
     scores = np.where(allowed, logits.astype(np.float64) / temperature, -np.inf)
     weights = np.exp(scores - scores.max())
     weights /= weights.sum()
-    if guess is not None:
-        if torch.rand((), generator=generator, dtype=torch.float64).item() < weights[guess]:
-            return guess
-        weights[guess] = 0.0
+    if drafted is not None:
+        if torch.rand((), generator=generator, dtype=torch.float64).item() < weights[drafted]:
+            return drafted
+        weights[drafted] = 0.0
         weights /= weights.sum()
     return int(torch.multinomial(torch.from_numpy(weights), 1, generator=generator).item())

@@ -1,10 +1,16 @@
-"""The VLM behind an OpenAI-compatible HTTP server (`--policy.server=http://host:port/v1`) that has what
-`lerobot-vla0 export` wrote: vLLM, SGLang, `transformers serve`. Knows pictures and text, no weights."""
+"""From an observation to timesteps of actions, with the VLM behind an OpenAI-compatible HTTP server
+(`--policy.server=http://host:port/v1`) that has what `lerobot-vla0 export` wrote: vLLM, SGLang,
+`transformers serve`. Sends pictures and text, and holds no weights.
+
+Why httpx and a loop: huggingface_hub depends on httpx anyway, while the `openai` client would be a dependency
+more, and translating its exceptions would take more lines than its retries save.
+"""
 
 import base64
 import logging
 import os
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -13,25 +19,24 @@ import torch
 from torch import Tensor
 from torchvision.io import encode_png
 
-from ..action_codec import ActionCodec
 from ..configuration_vla0 import VLA0Config
-from ..convert.export import max_tokens
-from ..examples import ExampleMaker
-from .grammar import IntegerGrammar
+from ..examples import ExampleMaker, Observation
+from ..task_stats import to_data_set_bins
+from .chunk_decoder import EpisodeState
 
-ATTEMPTS = 3  # of a request that is not answered
-BACKOFF_S = 0.5  # before the second attempt; doubles
+ATTEMPTS = 3  # at a request, until it is answered
+BACKOFF_S = 0.5  # before the second attempt; doubled before each further one
 MAX_CONNECTIONS = 32
 API_KEY = "VLA0_SERVER_API_KEY"  # environment variable with the server's key, if it wants one
-BUSY = (408, 409, 429)  # worth another attempt, as are 5xx
+BUSY = (408, 409, 429)  # status codes after which another attempt may succeed, as are all from 500
 
 
-class Server:
+class ServerDecoder:
     """Asks a server for chunks of actions, one request per row, all rows at once.
 
-    Greedy or sampled as `config.temperature` says. The grammar goes along as a regular expression, in the
+    Greedy or sampled as `config.temperature` says. The grammar is sent along as a regular expression, in the
     fields of vLLM (`structured_outputs`, from 0.12) and SGLang (`regex`); a server that refuses such fields
-    is asked without them. What comes back is held against the grammar in any case.
+    is asked without them. In either case the answer is checked. Same methods as `ChunkDecoder`.
 
     Args:
         config: with `server`, `server_timeout`, `server_model`.
@@ -40,11 +45,9 @@ class Server:
 
     def __init__(self, config: VLA0Config, examples: ExampleMaker) -> None:
         self.config, self.examples, self.url = config, examples, config.server.rstrip("/")
-        chat = examples.chat
         self.shape = (config.chunk_size, examples.action_dim)
-        count = self.shape[0] * self.shape[1]
-        grammar = IntegerGrammar(count, config.num_bins, chat.digit_ids, chat.space_id, chat.end_id)
-        self.structured = {"structured_outputs": {"regex": grammar.regex}, "regex": grammar.regex}
+        regex = examples.chat.grammar.regex
+        self.structured = {"structured_outputs": {"regex": regex}, "regex": regex}
         key = os.environ.get(API_KEY)
         self.client = httpx.Client(
             headers={"Authorization": f"Bearer {key}"} if key else {},
@@ -53,8 +56,26 @@ class Server:
         )
         self.model = config.server_model
 
-    def chunks(self, batch: dict[str, Any]) -> Tensor:
-        """Observations of B rows → int64 bins (B, chunk_size, D).
+    def require_weights(self) -> None:
+        """Raises ValueError: a policy without weights can be neither trained nor saved."""
+        raise ValueError(
+            f"server={self.config.server!r}: the weights are on the server, so that this policy can act but "
+            "not train or be saved. Leave server out."
+        )
+
+    def release(self) -> None:
+        """Nothing to drop: the weights are on the server."""
+
+    def new_episodes(self, rows: int) -> list[EpisodeState]:
+        """States of `rows` environments that act together."""
+        return [EpisodeState.begin(self.config, drafter=None) for _ in range(rows)]
+
+    def decode_chunk(
+        self, observation: Observation, steps: int, episodes: list[EpisodeState]
+    ) -> Iterator[Tensor]:
+        """Yields the first `steps` timesteps, bins (R, D) as float32, on the observation's device.
+
+        The server is asked for whole chunks when the first timestep is.
 
         Raises:
             ConnectionError: no answer after several attempts, or the server refuses the request.
@@ -62,36 +83,35 @@ class Server:
         """
         if self.model is None:
             self.model = self._only_model()
-        pictures = self.examples.pictures(batch, None).cpu()
-        instructions = self.examples.instructions(batch)
+        instructions = self.examples.instructions(observation)
         for instruction in instructions:
-            self.examples.chat.prompt_ids(instruction)  # its errors
+            self.examples.chat.prompt_ids(instruction)  # raises if it is empty or has special tokens
+        pictures = self.examples.pictures(observation, None).cpu()
         with ThreadPoolExecutor(min(len(instructions), MAX_CONNECTIONS)) as pool:
-            return torch.stack(list(pool.map(self._chunk, instructions, pictures)))
+            chunks = torch.stack(list(pool.map(self._chunk, instructions, pictures)))
+        chunks = chunks.to(observation.cameras[0].device, torch.float32)  # (R, chunk_size, D)
+        for step in range(steps):
+            yield to_data_set_bins(chunks[:, step], observation.task_range, self.config.num_bins)
 
     def _chunk(self, instruction: str, pictures: Tensor) -> Tensor:
-        """One row: pictures uint8 (N, 3, H, W) → (chunk_size, D)."""
-        system, user = self.examples.chat.messages(instruction)
-        urls = iter(_data_url(picture) for picture in pictures)
+        """One row: pictures uint8 (N, 3, H, W) → int64 bins (chunk_size, D)."""
+        chat = self.examples.chat
+        system, user = chat.messages(instruction)
+        images = iter(
+            [{"type": "image_url", "image_url": {"url": _data_url(picture)}} for picture in pictures]
+        )
+        content = [next(images) if part["type"] == "image" else part for part in user["content"]]
         request = {
             "model": self.model,
             "messages": [
                 {"role": "system", "content": system["content"][0]["text"]},
-                {
-                    "role": "user",
-                    "content": [
-                        {"type": "image_url", "image_url": {"url": next(urls)}}
-                        if part["type"] == "image"
-                        else part
-                        for part in user["content"]
-                    ],
-                },
+                {"role": "user", "content": content},
             ],
             "temperature": self.config.temperature,
-            "max_tokens": max_tokens(self.config),
+            "max_tokens": chat.grammar.max_tokens,
         }
         structured = self.structured
-        response = self._send("POST", "/chat/completions", {**request, **structured})
+        response = self._send("POST", "/chat/completions", request | structured)
         if structured and response.status_code in (400, 422):
             response = self._send("POST", "/chat/completions", request)
             if response.is_success and self.structured:
@@ -102,7 +122,7 @@ class Server:
         answer = self._json(response)
         try:
             text = answer["choices"][0]["message"]["content"]
-            return ActionCodec(self.config.num_bins).from_text(text, self.shape)
+            return self.examples.codec.from_text(text, self.shape)
         except (KeyError, IndexError, TypeError, AttributeError) as error:
             raise ValueError(f"server={self.url}: no chat completion, but {str(answer)[:200]!r}.") from error
         except ValueError as error:
@@ -122,13 +142,13 @@ class Server:
         return names[0]
 
     def _send(self, method: str, path: str, request: dict[str, Any] | None = None) -> httpx.Response:
-        """Repeats what is not answered; a refusal is an answer."""
+        """The server's answer, which may be a refusal; repeats a request that is not answered."""
         for attempt in range(ATTEMPTS):
             if attempt:
                 time.sleep(BACKOFF_S * 2 ** (attempt - 1))
             try:
                 response = self.client.request(method, self.url + path, json=request)
-            except httpx.TransportError as error:  # refused, timed out, broken off
+            except httpx.TransportError as error:  # connection refused or broken off, timeout
                 problem = f"{type(error).__name__}: {error}"
                 continue
             if response.status_code not in BUSY and response.status_code < 500:
@@ -154,6 +174,6 @@ class Server:
 
 
 def _data_url(picture: Tensor) -> str:
-    """uint8 (3, H, W) → PNG, which loses nothing."""
+    """uint8 (3, H, W) → PNG, which is lossless."""
     png = encode_png(picture.contiguous()).numpy().tobytes()
     return "data:image/png;base64," + base64.b64encode(png).decode()

@@ -1,0 +1,162 @@
+"""From an observation to timesteps of actions, with the VLM in this process; and what acting remembers of
+each environment between two calls.
+
+`server.ServerDecoder` has the same methods, with the VLM behind HTTP.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .. import backbone
+from ..configuration_vla0 import VLA0Config
+from ..examples import ExampleMaker, Observation
+from ..task_stats import to_data_set_bins
+from . import engine
+from .drafting import AcceptanceRate, Drafter
+from .ensembling import TemporalEnsembler
+from .kv_cache import KVCache
+from .prepack import Prepacked, can_prepack
+from .session import DecodingSession, RowByRowSession, encode_prefix
+
+# Per kind of device: longest draft in tokens; tokens of a pass over all rows; and the chance of being right
+# below which one more drafted token costs more time than it saves, for one row. On two CPU cores each further
+# token of a pass took 3 % of the time of the first (`bench decode`, 0.5 billion parameters), and a right one
+# saves about a fifth of a pass. On a GPU a pass of few tokens takes as long as reading the weights. The cost
+# grows with the number of rows, up to MAX_WORTH, where the device computes at its full rate.
+DRAFTS = {"cpu": (31, 64, 0.15), "cuda": (63, 512, 0.02)}
+MAX_WORTH = 0.6
+LONGEST_DRAFT = 63  # `draft_length` allows no more
+
+
+@dataclass
+class EpisodeState:
+    """What is remembered of one environment during an episode."""
+
+    actions: deque[Tensor]  # (D,) each: decoded, not yet executed
+    ensembler: TemporalEnsembler
+    drafter: Drafter | None  # drafts from the last chunk; affects speed only. None with a server
+
+    @classmethod
+    def begin(cls, config: VLA0Config, drafter: Drafter | None) -> "EpisodeState":
+        settings = config.ensemble_size, config.ensemble_weight, config.ensemble_exponential
+        return cls(deque(), TemporalEnsembler(*settings), drafter)
+
+    def add_chunk(self, chunk: Tensor, executed: int) -> None:
+        """Averages a new chunk (steps, D) with earlier ones and queues its first `executed` timesteps."""
+        self.actions.extend(self.ensembler.add(chunk, executed)[:executed])
+
+
+class ChunkDecoder:
+    """Decodes chunks of actions under the grammar.
+
+    Args:
+        config: of the policy.
+        model: the VLM.
+        examples: of the same config.
+    """
+
+    def __init__(self, config: VLA0Config, model: nn.Module, examples: ExampleMaker) -> None:
+        self.config, self.model, self.examples = config, model, examples
+        self.grammar, self.action_dim = examples.chat.grammar, examples.action_dim
+        # Shared by all environments and episodes: how well the model predicts the tokens that follow a wrong
+        # draft depends on how it was trained.
+        self.acceptance = AcceptanceRate()
+        self._cache = KVCache()  # with compile_model, used by one session after the other
+        self.release()
+        backbone.language_model(model).register_load_state_dict_post_hook(self._weights_loaded)
+
+    def release(self) -> None:
+        """Drops what was computed from the weights, to free memory or because they change.
+
+        Called by the policy when it starts training, moves to another device or loads weights. Whoever
+        changes weights in place in evaluation mode has to call it.
+        """
+        self._prefix: list[tuple[Tensor, Tensor]] | None = None
+        self._prepacked: Prepacked | None = None
+
+    def _weights_loaded(self, *_: object) -> None:
+        self.release()
+
+    def require_weights(self) -> None:
+        """Nothing to refuse: the weights are here, the policy can be trained and saved."""
+
+    def new_episodes(self, rows: int) -> list[EpisodeState]:
+        """States of `rows` environments that act together."""
+        return [
+            EpisodeState.begin(self.config, self.make_drafter(rows, self.acceptance)) for _ in range(rows)
+        ]
+
+    def make_drafter(self, rows: int = 1, acceptance: AcceptanceRate | None = None) -> Drafter:
+        """A drafter for one of `rows` rows that are decoded together, as `config.draft_length` asks for."""
+        length, worth = self.config.draft_length, 0.0
+        if length is None:
+            length, tokens, worth = DRAFTS["cpu" if self.model.device.type == "cpu" else "cuda"]
+            length = min(length, max(1, tokens // rows))
+        return Drafter(self.grammar, self.action_dim, length, min(MAX_WORTH, rows * worth), acceptance)
+
+    @torch.no_grad()
+    def decode_chunk(
+        self, observation: Observation, steps: int, episodes: list[EpisodeState]
+    ) -> Iterator[Tensor]:
+        """Yields timestep after timestep, bins (R, D) as float32, each as soon as every row has written it.
+
+        Args:
+            observation: of R rows.
+            steps: number of timesteps to decode, at most `chunk_size`.
+            episodes: one per row.
+        """
+        inputs = self.examples.acting_inputs(observation)
+        if self.config.temperature > 0:
+            # Drafts change how many random numbers are drawn: with those of an earlier chunk, a sample would
+            # not depend on the seed alone.
+            drafters = [self.make_drafter(len(episodes)) for _ in episodes]
+        else:
+            drafters = [episode.drafter for episode in episodes]
+        for drafter in drafters:
+            drafter.start()
+        dim, yielded = self.action_dim, 0
+        for decoded in engine.decode_stream(
+            self.session(inputs),
+            self.grammar,
+            len(drafters),
+            count=steps * dim,
+            drafters=drafters,
+            temperature=self.config.temperature,
+        ):
+            integers = decoded.integers
+            while yielded < steps and all(len(row) >= (yielded + 1) * dim for row in integers):
+                step = [row[yielded * dim : (yielded + 1) * dim] for row in integers]
+                bins = torch.tensor(step, dtype=torch.float32, device=inputs["input_ids"].device)
+                yield to_data_set_bins(bins, observation.task_range, self.config.num_bins)
+                yielded += 1
+        for drafter, answer in zip(drafters, integers, strict=True):
+            drafter.remember(answer[: steps * dim], executed=min(steps, self.config.n_action_steps))
+
+    def session(self, inputs: dict[str, Tensor]) -> engine.Model:
+        """The VLM behind the prompts of `ExampleMaker.acting_inputs`. With compile_model one at a time: they
+        share a cache."""
+        token_ids = self.grammar.token_ids
+        if not backbone.has_decoding_session(self.model):
+            return RowByRowSession(self.model, inputs, token_ids)
+        compiled = self.config.compile_model
+        if self._prepacked is None and not compiled and can_prepack(self.model):
+            self._prepacked = Prepacked(backbone.language_model(self.model))
+        if self._prefix is None:
+            # The words before the first picture are the same in every prompt.
+            is_picture = inputs["input_ids"][0] == self.examples.vlm_processor.image_token_id
+            length = int(is_picture.int().argmax())
+            self._prefix = encode_prefix(self.model, inputs["input_ids"][:1, :length])
+        return DecodingSession(
+            self.model,
+            inputs,
+            token_ids,
+            room=self.grammar.max_tokens + LONGEST_DRAFT + 1,
+            prefix=self._prefix,
+            buffers=self._cache if compiled else None,
+            compiled=compiled,
+            prepacked=self._prepacked,
+        )
