@@ -148,8 +148,8 @@ class PickAndPlaceExpert:
     def _attempts(self) -> Iterator[np.ndarray]:
         """Actions of one attempt after the other.
 
-        Whether a movement is finished, and the plan of the next attempt, are decided before the last action of
-        the movement is executed. Every movement has a limit of steps.
+        Whether a movement is finished, and the plan of the next attempt, are decided before the last action
+        of the movement is executed. Every movement has a limit of steps.
         """
         while True:
             for _ in range(61):  # above the object
