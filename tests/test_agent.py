@@ -48,7 +48,7 @@ def test_overrides(checkpoint):
     agent = lerobot_vla0.Agent.from_pretrained(checkpoint, device="cpu", n_action_steps=2)
     batch = observation(make_batch(rows=1))
     agent.act({"pixels": images(batch), "agent_pos": batch["observation.state"].numpy()}, batch["task"])
-    assert agent.policy.config.n_action_steps == 2 and len(agent.policy._environments[0].queue) == 1
+    assert agent.policy.config.n_action_steps == 2 and len(agent.policy._action_queue[0].actions) == 1
 
 
 def test_images_in_the_wrong_form(checkpoint):
