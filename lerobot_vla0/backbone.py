@@ -162,6 +162,11 @@ def vision_modules(model: nn.Module) -> list[nn.Module]:
     return [getattr(model.model, name) for name in family(model).vision]
 
 
+def block_name(model: nn.Module) -> str:
+    """Class name of the language model's layers, the unit that FSDP shards."""
+    return type(language_model(model).layers[0]).__name__
+
+
 def has_decoding_session(model: nn.Module) -> bool:
     """Whether `DecodingSession` can decode with the model; `RowByRowSession` always can, more slowly."""
     layers = getattr(language_model(model).config, "layer_types", None) or ["full_attention"]

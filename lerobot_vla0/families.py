@@ -30,13 +30,11 @@ class Family:
     other families override them. `processor` is the VLM's Transformers processor.
 
     Attributes:
-        block: class name of the language model's layers, the unit that FSDP shards.
         text: name, below `model.model`, of the language model without its head.
         vision: names, below `model.model`, of the vision encoder and of what joins it to the language model.
         has_session: whether `DecodingSession` makes the attention masks that the language model needs.
     """
 
-    block: str
     text: str = "language_model"
     vision: tuple[str, ...] = ("vision_tower", "multi_modal_projector")
     has_session: bool = True
@@ -163,12 +161,12 @@ def _normalise(processor: Any, pixels: Tensor) -> Tensor:
 
 # By `model_type`. All of these write numbers digit by digit.
 FAMILIES = {
-    "qwen2_5_vl": Family("Qwen2_5_VLDecoderLayer", vision=("visual",)),
-    "qwen2_vl": Family("Qwen2VLDecoderLayer", vision=("visual",)),
-    "qwen3_vl": Family("Qwen3VLTextDecoderLayer", vision=("visual",)),
-    "smolvlm": SmolVLM("LlamaDecoderLayer", text="text_model", vision=("vision_model", "connector")),
-    "internvl": InternVL("Qwen2DecoderLayer"),  # of InternVL3; InternVL3.5 has Qwen3's
-    "gemma3": Gemma3("Gemma3DecoderLayer", has_session=False),
+    "qwen2_5_vl": Family(vision=("visual",)),
+    "qwen2_vl": Family(vision=("visual",)),
+    "qwen3_vl": Family(vision=("visual",)),
+    "smolvlm": SmolVLM(text="text_model", vision=("vision_model", "connector")),
+    "internvl": InternVL(),
+    "gemma3": Gemma3(has_session=False),
 }
 
 

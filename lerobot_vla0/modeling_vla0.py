@@ -64,8 +64,8 @@ class VLA0Policy(PreTrainedPolicy):
             add_task_statistics(dataset_meta, names, config.num_bins)
         if config.server is None:
             self.model, self.vlm_processor = backbone.make_vlm(config, vlm_folder)
-            # Read by LeRobot 0.6.2 from the class; which block it is depends on the VLM's family.
-            type(self)._fsdp_wrap_modules = [backbone.family(self.model).block]
+            # LeRobot 0.6.2 reads it from the class, but the name depends on the VLM.
+            type(self)._fsdp_wrap_modules = [backbone.block_name(self.model)]
             self.examples = ExampleMaker(config, self.vlm_processor)
             self.decoder = ChunkDecoder(config, self.model, self.examples)
         elif vlm_folder is None:
@@ -237,7 +237,7 @@ class VLA0Policy(PreTrainedPolicy):
         action_range, dataset = None, None
         if dataset_meta is not None:
             names = STATISTICS[self.config.normalization_mapping["ACTION"]]
-            action_range = {name: dataset_meta.stats[ACTION][name] for name in names}
+            action_range = {name: dataset_meta.stats["action"][name] for name in names}
             dataset = {"episodes": dataset_meta.total_episodes, "frames": dataset_meta.total_frames}
         return make_card(self.config, training_of(cfg), action_range, dataset=dataset)
 
@@ -252,8 +252,8 @@ class VLA0Policy(PreTrainedPolicy):
         **kwargs: Any,
     ) -> Self:
         """Loads a checkpoint folder or Hub repo; needs neither the base VLM nor, for a folder, the network.
-        An adapter is merged into its base. A bare VLM gives a fresh policy: LeRobot asks for one when it loads
-        an adapter that was trained on a VLM.
+        An adapter is merged into its base. A bare VLM gives a fresh policy: LeRobot asks for one when it
+        loads an adapter that was trained on a VLM.
 
         Args:
             config: overrides the checkpoint's own.

@@ -51,18 +51,19 @@ def test_policy_writes_the_same_and_notices_new_weights(learnt, monkeypatch):
     policy = VLA0Policy.from_pretrained(folder)
     policy.model.to(torch.bfloat16)
     actions = policy.predict_action_chunk(observation(batch))
-    assert policy._prepacked is not None and len(policy._prepacked.linears) == 2 * 7
+    assert policy.decoder._prepacked is not None and len(policy.decoder._prepacked.linears) == 2 * 7
     other = VLA0Policy.from_pretrained(folder)
     randomise(other)
     other.model.to(torch.bfloat16)
     plain = VLA0Policy.from_pretrained(folder)
     plain.model.to(torch.bfloat16)
-    monkeypatch.setattr("lerobot_vla0.modeling_vla0.can_prepack", lambda model: False)
-    assert torch.equal(plain.predict_action_chunk(observation(batch)), actions) and plain._prepacked is None
+    monkeypatch.setattr("lerobot_vla0.decoding.chunk_decoder.can_prepack", lambda model: False)
+    assert torch.equal(plain.predict_action_chunk(observation(batch)), actions)
+    assert plain.decoder._prepacked is None
     expected = other.predict_action_chunk(observation(batch))
     assert not torch.equal(expected, actions)
     monkeypatch.undo()
     policy.load_state_dict(other.state_dict())  # in place, and without train()
     assert torch.equal(policy.predict_action_chunk(observation(batch)), expected)
     policy.train()
-    assert policy._prepacked is None
+    assert policy.decoder._prepacked is None

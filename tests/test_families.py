@@ -46,9 +46,9 @@ def test_prompt_and_pixels_are_the_processors_own(family, folders):
     processor = AutoProcessor.from_pretrained(folders[family])
     policy = VLA0Policy(config_of(family, folders))
     batch = make_bins(1)
-    ours = policy.examples.acting_inputs(batch)
-    pictures = policy.examples.pictures(batch, None)[0]
-    text = policy.chat._render(policy.chat.messages(batch["task"][0]), True)
+    ours = policy.examples.acting_inputs(policy.examples.check(batch))
+    pictures = policy.examples.pictures(policy.examples.check(batch), None)[0]
+    text = policy.examples.chat._render(policy.examples.chat.messages(batch["task"][0]), True)
     settings = {
         "smolvlm": {"do_image_splitting": False, "do_resize": False},
         "internvl": {"crop_to_patches": False},
@@ -64,7 +64,7 @@ def test_prompt_and_pixels_are_the_processors_own(family, folders):
         return_tensors="pt",
     )
     ids = theirs["input_ids"][0].tolist()
-    assert ours["input_ids"][0].tolist() == ids + [policy.chat.space_id] * (family == "smolvlm")
+    assert ours["input_ids"][0].tolist() == ids + [policy.examples.chat.space_id] * (family == "smolvlm")
     # SmolVLM2's processor resizes with PIL and therefore normalises in NumPy.
     tolerance = 1e-6 if family == "smolvlm" else 0
     assert torch.allclose(ours["pixel_values"], theirs["pixel_values"], rtol=0, atol=tolerance)
@@ -79,7 +79,7 @@ def test_parts_are_where_the_family_says(family, folders, tiny_vlm):
     ours = backbone.family(model)
     assert ours is backbone.family(processor) is backbone.FAMILIES[family]
     text = backbone.language_model(model)
-    blocks = [module for module in model.modules() if type(module).__name__ == ours.block]
+    blocks = [module for module in model.modules() if type(module).__name__ == backbone.block_name(model)]
     assert blocks == list(text.layers)
     assert set(map(id, model.parameters())) == {
         id(p) for part in (text, model.lm_head, *backbone.vision_modules(model)) for p in part.parameters()
@@ -98,10 +98,10 @@ def test_logits_of_decoding_are_those_of_a_full_pass(family, folders):
     forward on the whole sequence."""
     policy = make_policy(family, folders)
     batch = make_bins(2)
-    inputs = policy.examples.acting_inputs(batch)
+    inputs = policy.examples.acting_inputs(policy.examples.check(batch))
     lengths = inputs["attention_mask"].sum(1).tolist()
     assert lengths[0] != lengths[1]
-    ids = policy.grammar.token_ids
+    ids = policy.decoder.grammar.token_ids
 
     def full(row, answer, places):
         single = {key: value.chunk(2)[row] for key, value in inputs.items()}
@@ -115,7 +115,7 @@ def test_logits_of_decoding_are_those_of_a_full_pass(family, folders):
 
     a, b, c = ids[3:6]
     with torch.inference_mode():
-        model = policy.prompt_cache(inputs)
+        model = policy.decoder.session(inputs)
         steps = [
             (model.start([[a, b, c], []]), [full(0, [a, b, c], 4), full(1, [], 1)]),
             (model.extend([1, 0], [[c, a], [b, b, a]]), [full(0, [a, c, a], 2), full(1, [b, b, a], 3)]),
@@ -170,8 +170,8 @@ def test_acts_alone_as_in_a_batch(family, folders):
     alone = policy.predict_action_chunk({k: v[1:] for k, v in batch.items()})
     assert torch.equal(alone[0], both[1])
     with torch.inference_mode():
-        inputs = policy.examples.acting_inputs(batch)
-        plain = decode(policy.prompt_cache(inputs), policy.grammar, 2)
+        inputs = policy.examples.acting_inputs(policy.examples.check(batch))
+        plain = decode(policy.decoder.session(inputs), policy.decoder.grammar, 2)
     assert torch.equal(torch.tensor(plain.integers).view(2, 4, 7).float(), both)
     other = {**batch, "observation.images.image2": 1 - batch["observation.images.image2"]}
     policy.reset()
@@ -244,9 +244,9 @@ def test_pictures_that_would_be_resized(family, settings, message, folders):
 def test_smaller_cameras_are_enlarged_for_a_fixed_size_only(folders):
     small = make_batch(1, 48, chunk_size=4)
     policy = make_policy("gemma3", folders)
-    assert policy.examples.pictures(small, None).shape == (1, 2, 3, 56, 56)
+    assert policy.examples.pictures(policy.examples.check(small), None).shape == (1, 2, 3, 56, 56)
     with pytest.raises(ValueError, match="would have to be enlarged"):
-        make_policy("internvl", folders).examples.pictures(small, None)
+        make_policy("internvl", folders).examples.check(small)
 
 
 def test_template_that_thinks_first(folders):

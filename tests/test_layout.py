@@ -71,7 +71,7 @@ def test_imports_point_down(path):
 
 
 def test_floors_of_the_root():
-    """The longest chain of imports among the root's modules has at most five of them, and there is no circle."""
+    """The longest chain of imports among the root's modules has at most five of them; there is no circle."""
     graph = {name_of(p): imports_of(p) for p in MODULES}
 
     @cache

@@ -3,7 +3,7 @@ import pytest
 from lerobot.envs.configs import EnvConfig
 
 from lerobot_vla0.libero import VLA0LiberoEnv
-from lerobot_vla0.libero.config import MAX_STEPS
+from lerobot_vla0.libero.suites import MAX_STEPS
 
 
 def test_is_registered_with_the_papers_settings():

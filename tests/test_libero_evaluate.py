@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from conftest import make_config, make_stats, run_script
 
-from lerobot_vla0.libero.config import MAX_STEPS
 from lerobot_vla0.libero.evaluate import EvalConfig, _append, _check_settings
 from lerobot_vla0.libero.report import read_episodes
+from lerobot_vla0.libero.suites import MAX_STEPS
 
 
 def test_defaults_are_the_papers_protocol():

@@ -25,21 +25,37 @@ print([name for name in heavy if name in sys.modules])
     assert run_python(code).strip() == "[]"
 
 
-def test_registers_where_lerobot_has_loaded_its_registries():
-    """In LeRobot's scripts the registries are loaded before plugins are: one import registers all we have."""
-    code = """
+REGISTRIES = """
 from lerobot.envs.configs import EnvConfig
 from lerobot.processor import ProcessorStepRegistry
 from lerobot.configs import PreTrainedConfig
+"""
+DISCOVERY = """
 from lerobot.utils.import_utils import register_third_party_plugins
 register_third_party_plugins()
+"""
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        REGISTRIES + DISCOVERY,  # LeRobot's scripts
+        "import lerobot_vla0" + REGISTRIES,
+        "import lerobot_vla0.task_stats" + REGISTRIES,
+        "import lerobot_vla0.libero.env" + REGISTRIES,
+        "import lerobot_vla0.modeling_vla0" + REGISTRIES,
+        "from lerobot.processor import ProcessorStepRegistry; import lerobot_vla0" + REGISTRIES,
+    ],
+)
+def test_registers_whatever_was_imported_before(imports):
+    code = """
 import sys
 assert "vla0" in PreTrainedConfig.get_known_choices()
 assert "vla0_libero" in EnvConfig.get_known_choices()
 assert {"vla0_action_encoder_processor", "vla0_action_decoder_processor"} <= set(ProcessorStepRegistry.list())
 assert "libero" not in sys.modules and "mujoco" not in sys.modules
 """
-    run_python(code)
+    run_python(imports + code)
 
 
 def test_name_and_version():

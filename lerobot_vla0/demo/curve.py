@@ -1,6 +1,6 @@
 """`lerobot-vla0 curve`: the loss curve of a training run, from what `lerobot-train` printed.
 
-LeRobot keeps metrics in Weights & Biases or nowhere; this needs neither account nor network.
+LeRobot itself logs metrics to Weights & Biases only; this works without an account or a network.
 """
 
 import re
@@ -25,17 +25,17 @@ class CurveConfig:
 
 
 def read_log(log: Path) -> dict[str, list[float]]:
-    """{"step": [...], "loss": [...], ...} of every line of metrics that lerobot-train printed.
+    """{"step": [...], "loss": [...], ...} from all lines with metrics that lerobot-train printed.
 
-    Steps are counted: LeRobot prints them every `log_freq` steps, rounded to thousands ("1K").
+    LeRobot prints one such line every `log_freq` steps, but rounds the step to thousands ("1K"). Steps are
+    therefore counted from the first line.
 
     Raises:
-        ValueError: no such line, or a log that begins in the middle of a run.
+        ValueError: no such line, or a log that does not begin at the start of a run.
     """
-    # The progress bar rewrites its line with \r; log lines stand between.
-    lines = re.findall(
-        r"step:(\d+)([KMB]?) (smpl:.*)", Path(log).read_text(errors="replace").replace("\r", "\n")
-    )
+    # The progress bar ends its lines with \r, log lines end with \n.
+    text = Path(log).read_text(errors="replace").replace("\r", "\n")
+    lines = re.findall(r"step:(\d+)([KMB]?) (smpl:.*)", text)
     if not lines:
         raise ValueError(f"log={str(log)!r} has no line with metrics of lerobot-train (step:... loss:...).")
     if lines[0][1]:

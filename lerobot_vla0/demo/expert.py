@@ -1,8 +1,8 @@
 """A scripted pick-and-place controller for LIBERO's "pick up X and place it in the basket" tasks
 (libero_object).
 
-It reads the simulator's state, not the images, and answers with what the robot takes: OSC_POSE deltas in [-1,
-1] at 20 Hz (three of position, three of rotation) and the gripper, -1 open, +1 closed.
+It reads the simulator's state, not the images. Its actions are the robot's: OSC_POSE deltas in [-1, 1] at
+20 Hz (three of position, three of rotation), then the gripper, -1 open, +1 closed.
 """
 
 from typing import Any
@@ -11,17 +11,15 @@ import mujoco
 import numpy as np
 
 OPEN, CLOSE = -1.0, 1.0
-POSITION_GAIN, ROTATION_GAIN = (
-    12.0,
-    3.0,
-)  # action per metre and per radian of error, before clipping to [-1, 1]
+# Action per metre and per radian of error, before clipping to [-1, 1].
+POSITION_GAIN, ROTATION_GAIN = 12.0, 3.0
 PALM = 0.028  # metres from the fingertips' site up to the palm, less a margin (contact was measured at 0.033)
 MAX_OPENING = 0.062  # metres between the open fingers that can be used safely
 CLOSE_STEPS, OPEN_STEPS = 9, 8  # control steps until the fingers have closed or opened
 
 
 class PickAndPlaceExpert:
-    """above → down → close → lift → over → lower → release → up, and again from `above` if the object was
+    """Phases: above → down → close → lift → over → lower → release → up; from `above` again if the object was
     lost.
 
     Args:
@@ -39,7 +37,6 @@ class PickAndPlaceExpert:
             )
         self.env = env
         self.target, self.basket = goals[0][1], goals[0][2].removesuffix("_contain_region")
-        self.retries = 0
         self._plan()
 
     # ---------------------------------------------------------------------------------- the simulator's state
@@ -53,8 +50,10 @@ class PickAndPlaceExpert:
     def _hand_rotation(self) -> np.ndarray:
         return np.array(self.env.sim.data.site_xmat[self.env.robots[0].eef_site_id]).reshape(3, 3)
 
-    def _position(self, name: str) -> np.ndarray:
-        return np.array(self.env.sim.data.body_xpos[self.env.env.obj_body_id[name]])
+    @property
+    def _object(self) -> np.ndarray:
+        """Position of the object to be picked up, world frame, metres."""
+        return np.array(self.env.sim.data.body_xpos[self.env.env.obj_body_id[self.target]])
 
     def _geoms(self, name: str) -> list[np.ndarray]:
         """Corner points (n, 3), world frame, of the bounding shape of each of an object's collision geoms."""
@@ -86,12 +85,12 @@ class PickAndPlaceExpert:
     # ----------------------------------------------------------------------------------------------- planning
 
     def _plan(self) -> None:
-        """Where to grasp: as deep as the palm allows, across the narrowest side, hand straight down."""
+        """Starts anew: grasp as deep as the palm allows, across the narrowest side, hand straight down."""
         self._go("above")
         points = self._corners(self.target)
         low, high = points.min(0), points.max(0)
         self.grasp_z = max((low[2] + high[2]) / 2, high[2] - PALM, low[2] + 0.008)
-        # Only what is at the fingers' height decides the width.
+        # Only the geoms at the height of the fingers matter for the width.
         near = [g for g in self._geoms(self.target) if g[:, 2].min() < self.grasp_z + 0.012]
         near = [g for g in near if g[:, 2].max() > self.grasp_z - 0.012]
         band = np.concatenate(near)[:, :2] if near else points[:, :2]
@@ -109,9 +108,9 @@ class PickAndPlaceExpert:
         angle = closing + turn
         axes = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
         extent = band @ axes.T
-        self.grasp_xy = (extent.min(0) + extent.max(0)) / 2 @ axes
-        # The object may still roll: follow it by this offset until the fingers close.
-        self.offset = self.grasp_xy - self._position(self.target)[:2]
+        grasp_xy = (extent.min(0) + extent.max(0)) / 2 @ axes
+        # The object may still roll: the hand follows it at this offset until the fingers close.
+        self.offset = grasp_xy - self._object[:2]
         cos, sin = np.cos(turn), np.sin(turn)
         x = (np.array([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1]]) @ self._hand_rotation)[:, 0]
         x[2] = 0
@@ -130,14 +129,10 @@ class PickAndPlaceExpert:
     def _go(self, phase: str) -> None:
         self.phase, self.steps = phase, 0
 
-    def _try_again(self) -> None:
-        self.retries += 1
-        self._plan()
-
     def _toward(self, goal: np.ndarray, gripper: float) -> np.ndarray:
         """Proportional control of the hand's pose, clipped to the action range."""
         error = self.rotation @ self._hand_rotation.T
-        # Axis-angle of the rotation error; the controller takes it in the world frame.
+        # Axis-angle of the rotation error in the world frame, as the controller expects it.
         angle = np.arccos(np.clip((np.trace(error) - 1) / 2, -1, 1))
         axis = np.array([error[2, 1] - error[1, 2], error[0, 2] - error[2, 0], error[1, 0] - error[0, 1]])
         self.angle_left = angle
@@ -151,7 +146,7 @@ class PickAndPlaceExpert:
         return getattr(self, f"_{self.phase}")()
 
     def _above(self) -> np.ndarray:
-        xy = self._position(self.target)[:2] + self.offset
+        xy = self._object[:2] + self.offset
         action = self._toward(np.r_[xy, self.above_z], OPEN)
         hand = self._hand
         there = np.linalg.norm(hand[:2] - xy) < 0.008 and abs(hand[2] - self.above_z) < 0.03
@@ -160,7 +155,7 @@ class PickAndPlaceExpert:
         return action
 
     def _down(self) -> np.ndarray:
-        goal = np.r_[self._position(self.target)[:2] + self.offset, self.grasp_z]
+        goal = np.r_[self._object[:2] + self.offset, self.grasp_z]
         action = self._toward(goal, OPEN)
         if np.linalg.norm(goal - self._hand) < 0.006 or self.steps > 40:
             self.grasp_xy = goal[:2]
@@ -170,9 +165,9 @@ class PickAndPlaceExpert:
     def _close(self) -> np.ndarray:
         action = self._toward(np.r_[self.grasp_xy, self.grasp_z], CLOSE)
         if self.steps >= CLOSE_STEPS:
-            self.held = self._position(self.target) - self._hand
-            hangs = self._hand[2] - self._corners(self.target)[:, 2].min()
-            self.carry_z = self.basket_top + hangs + 0.03
+            self.held = self._object - self._hand
+            below_hand = self._hand[2] - self._corners(self.target)[:, 2].min()
+            self.carry_z = self.basket_top + below_hand + 0.03
             self._go("lift")
         return action
 
@@ -180,9 +175,9 @@ class PickAndPlaceExpert:
         action = self._toward(np.r_[self.grasp_xy, self.carry_z], CLOSE)
         if self._hand[2] > self.carry_z - 0.02 or self.steps > 40:
             if self._slipped(0.05):
-                self._try_again()
+                self._plan()
             else:
-                self.held = self._position(self.target) - self._hand
+                self.held = self._object - self._hand
                 self._go("over")
         return action
 
@@ -190,14 +185,14 @@ class PickAndPlaceExpert:
         goal = np.r_[self._over_basket(), self.carry_z]
         action = self._toward(goal, CLOSE)
         if self._slipped(0.06):
-            self._try_again()
+            self._plan()
         elif np.linalg.norm(self._hand[:2] - goal[:2]) < 0.012 or self.steps > 80:
             self._go("lower")
         return action
 
     def _lower(self) -> np.ndarray:
-        # The object's middle below the rim, the fingertips above it.
-        hand, obj = self._hand[2], self._position(self.target)[2]
+        # The middle of the object goes below the basket's rim, the fingertips stay above it.
+        hand, obj = self._hand[2], self._object[2]
         z = max(self.basket_top + 0.015, self.basket_top - 0.025 + hand - obj)
         action = self._toward(np.r_[self._over_basket(), z], CLOSE)
         if abs(hand - z) < 0.008 or self.steps > 30:
@@ -213,13 +208,13 @@ class PickAndPlaceExpert:
     def _up(self) -> np.ndarray:
         action = self._toward(self._hand + np.array([0, 0, 0.1]), OPEN)
         if self.steps > 20:
-            self._try_again()
+            self._plan()
         return action
 
     def _over_basket(self) -> np.ndarray:
-        """Where the hand must be for the object, not the hand, to be over the basket's middle."""
-        return self.basket_xy - (self._position(self.target) - self._hand)[:2]
+        """x and y of the hand at which the object is over the middle of the basket."""
+        return self.basket_xy - (self._object - self._hand)[:2]
 
     def _slipped(self, limit: float) -> bool:
-        moved = np.linalg.norm(self._position(self.target) - self._hand - self.held)
-        return bool(moved > limit)
+        """Whether the object has moved in the hand by more than `limit` metres."""
+        return bool(np.linalg.norm(self._object - self._hand - self.held) > limit)

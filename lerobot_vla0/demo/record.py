@@ -1,11 +1,12 @@
-"""`lerobot-vla0 record`: the scripted expert plays LIBERO tasks into a LeRobotDataset like
-`lerobot/libero`."""
+"""`lerobot-vla0 record`: episodes of the scripted expert as a LeRobotDataset like `lerobot/libero`."""
 
 import json
 import multiprocessing
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,18 @@ import numpy as np
 from tqdm import tqdm
 
 from ..libero.assets import asset_name, prepare_libero
-from ..libero.config import MAX_STEPS, NUM_INIT_STATES, check_task_ids
+from ..libero.env import LiberoEnv
+from ..libero.suites import MAX_STEPS, NUM_INIT_STATES, check_task_ids
 
-# The control frequency is 20 Hz, but `lerobot/libero` says 10; what trains on one must train on the other.
+# As in `lerobot/libero`, though the control frequency is 20 Hz: the two can be trained on together.
 FPS = 10
 IMAGE_KEYS = ("observation.images.image", "observation.images.image2")
 STATE_NAMES = ["x", "y", "z", "axis_angle_x", "axis_angle_y", "axis_angle_z", "finger_left", "finger_right"]
 ACTION_NAMES = ["dx", "dy", "dz", "drx", "dry", "drz", "gripper"]
-# An action below this in all six deltas, with the gripper unchanged, is a no-op (OpenVLA's filter of LIBERO's
-# data).
+# An action below this in all six deltas, with the gripper unchanged, is a no-op (the rule by which OpenVLA
+# filtered LIBERO's data).
 NO_OP = 1e-4
-# Written beside the data set's own files: settings, and task and initial state of each episode.
+# An extra file of the data set: settings, and task and initial state of each episode.
 RECORD_FILE = "recording.json"
 
 
@@ -37,17 +39,17 @@ class RecordConfig:
     suite: str = "libero_object"
     # Task ids of the suite.
     tasks: list[int] = field(default_factory=lambda: [0])
-    # Episodes tried per task. Only successful ones are kept.
+    # Episodes played per task. Only successful ones are kept.
     episodes: int = 5
     # Number of LIBERO's 50 stored initial states in use: episode i starts from state i modulo this. The
     # others are held out, for evaluation on states that the policy has never seen.
     init_states: int = 50
-    # Standard deviation of the noise on the executed deltas (actions are in [-1, 1]). What is recorded is the
-    # expert's own action at each place where the noise has brought it, so that a policy learns to come back.
+    # Standard deviation of the noise on the executed deltas (actions are in [-1, 1]). The data set holds the
+    # expert's own actions, without the noise, so that a policy learns to correct deviations.
     noise: float = 0.0
     # Side of the camera images in pixels.
     image_size: int = 256
-    # Store the images as video (AV1), as `lerobot/libero` does. Otherwise as PNG inside the parquet files.
+    # Store the images as video (AV1), as `lerobot/libero` does; otherwise as PNG inside the parquet files.
     video: bool = False
     # LIBERO's assets: auto, real, primitive, or a folder.
     assets: str = "auto"
@@ -101,22 +103,18 @@ def record(config: RecordConfig) -> Path:
         use_videos=config.video,
     )
     jobs = [(task, episode) for task in config.tasks for episode in range(config.episodes)]
-    kept, tried = [], 0
-    progress = tqdm(total=len(jobs), desc="Recording", unit="episode")
+    played = _play_all(replace(config, assets=str(assets)), jobs)
+    kept = []
     try:
-        for (task, episode), frames in zip(
-            jobs, _play_all(replace(config, assets=str(assets)), jobs), strict=True
-        ):
-            tried += 1
+        progress = tqdm(zip(jobs, played, strict=True), desc="Recording", unit="episode", total=len(jobs))
+        for tried, ((task, episode), frames) in enumerate(progress, start=1):
+            for frame in frames:
+                dataset.add_frame(frame)
             if frames:
-                for frame in frames:
-                    dataset.add_frame(frame)
                 dataset.save_episode()
                 kept.append({"task_id": task, "init_state": episode % config.init_states})
-            progress.update()
             progress.set_postfix(task=task, success=f"{len(kept)}/{tried}")
     finally:
-        progress.close()
         dataset.finalize()
     if not kept:
         raise RuntimeError(f"the expert solved none of {tried} episodes of {config.suite} {config.tasks}.")
@@ -129,45 +127,42 @@ def record(config: RecordConfig) -> Path:
 
 
 def _play_all(config: RecordConfig, jobs: list[tuple[int, int]]) -> Iterator[list[dict[str, Any]]]:
-    """Frames of each job, in order."""
+    """Frames of each job (task, episode), in the order of the jobs."""
     if config.workers == 1:
-        for task, episode in jobs:
-            yield play_episode(config, task, episode)
+        yield from (play_episode(config, *job) for job in jobs)
         return
-    # spawn: a process with a GL context or threads must not be forked
+    # Spawned: a process with a GL context or threads must not be forked.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(config.workers, len(jobs)), mp_context=context) as pool:
-        # A few episodes ahead of the writer, not all of them: one takes about 50 MB at 256×256.
-        ahead = 2 * config.workers
-        pending = [pool.submit(play_episode, config, *job) for job in jobs[:ahead]]
-        for i in range(len(jobs)):
-            if i + ahead < len(jobs):
-                pending.append(pool.submit(play_episode, config, *jobs[i + ahead]))
-            yield pending.pop(0).result()
+        # Only a few episodes are played ahead of the writer: one takes about 50 MB at 256×256.
+        waiting, pending = iter(jobs), deque()
+        pending.extend(pool.submit(play_episode, config, *job) for job in islice(waiting, 2 * config.workers))
+        while pending:
+            frames = pending.popleft().result()
+            pending.extend(pool.submit(play_episode, config, *job) for job in islice(waiting, 1))
+            yield frames
 
 
-# One environment per process, kept from episode to episode (making one takes seconds) and closed when the
-# task changes (one of LIBERO's larger scenes holds more than a gigabyte).
-_open: dict[tuple[Any, ...], Any] = {}
+# The environment of this process and its arguments. Kept from episode to episode, since making one takes
+# seconds; closed when the task changes, since one of LIBERO's larger scenes takes more than a gigabyte.
+_environment: tuple[Any, LiberoEnv] | None = None
 
 
-def _environment(*key: Any) -> Any:
-    from ..libero.env import LiberoEnv
-
-    if key not in _open:
-        for env in _open.values():
-            env.close()
-        _open.clear()
-        suite, task, image_size, assets = key
-        _open[key] = LiberoEnv(suite, task, image_size=image_size, assets=assets)
-    return _open[key]
+def _switch_environment(suite: str, task: int, image_size: int, assets: str) -> LiberoEnv:
+    global _environment
+    arguments = suite, task, image_size, assets
+    if _environment is None or _environment[0] != arguments:
+        if _environment is not None:
+            _environment[1].close()
+        _environment = arguments, LiberoEnv(suite, task, image_size=image_size, assets=assets)
+    return _environment[1]
 
 
 def play_episode(config: RecordConfig, task: int, episode: int) -> list[dict[str, Any]]:
     """Frames of one episode of the expert, without no-ops; none if it did not succeed."""
-    from .expert import PickAndPlaceExpert
+    from .expert import PickAndPlaceExpert  # imports mujoco, which needs MUJOCO_GL set by `prepare_libero`
 
-    env = _environment(config.suite, task, config.image_size, config.assets)
+    env = _switch_environment(config.suite, task, config.image_size, config.assets)
     observation, info = env.reset(options={"init_state": episode % config.init_states})
     expert = PickAndPlaceExpert(env.simulator)
     noise = np.random.default_rng([config.seed, task, episode])

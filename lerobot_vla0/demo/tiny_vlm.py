@@ -1,7 +1,7 @@
-"""A small Qwen2.5-VL with random weights and a tokenizer of its own, as a folder that `--policy.vlm=` takes.
+"""`lerobot-vla0 tiny-vlm`: a small Qwen2.5-VL with random weights and a small tokenizer, for `--policy.vlm=`.
 
-For demos, tests and machines without a download: the architecture, the chat template and the way numbers are
-tokenised are Qwen2.5-VL's, only the sizes are not.
+For demos and tests without a download. Architecture, chat template and the tokenisation of numbers are those
+of Qwen2.5-VL; the sizes are smaller.
 """
 
 from dataclasses import dataclass
@@ -18,15 +18,15 @@ SPECIAL_TOKENS = [
     "<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>",
     "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>",
 ]  # fmt: skip
-# Qwen2's pre-tokeniser: \p{N} without a quantifier is what keeps every digit a token of its own.
+# Qwen2's pre-tokeniser. \p{N} has no quantifier, so that every digit is a token.
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# Qwen's 0.02 suits widths in the thousands. At a width of 128, 0.06 gave a loss of 0.76 instead of 0.81 after
-# equal time (400 s on one core, the demo's data, a loop around `policy.forward`).
+# Qwen uses 0.02, at widths in the thousands. At a width of 128, 0.06 gave a loss of 0.76, 0.02 one of 0.81
+# after the same time (400 s on one core, the demo's data, a loop around `policy.forward`).
 INITIALIZER_RANGE = 0.06
-# Words of LIBERO's instructions, so that they take few tokens.
+# What the tokenizer is trained on: the words of the prompt and of LIBERO's instructions take few tokens.
 CORPUS = [
     SYSTEM_PROMPT,
     "system user assistant Picture State You are a helpful assistant.",
@@ -66,7 +66,7 @@ def make_tiny_vlm(config: TinyVLMConfig) -> Path:
         FileExistsError: the folder exists and is not empty.
         ValueError: sizes that do not fit together.
     """
-    # Imported here: transformers takes seconds, and `lerobot-vla0 --help` must not.
+    # Imported here because transformers takes seconds, and `lerobot-vla0 tiny-vlm --help` should not.
     from transformers import GenerationConfig, Qwen2_5_VLForConditionalGeneration
 
     out = Path(config.out)
@@ -80,9 +80,8 @@ def make_tiny_vlm(config: TinyVLMConfig) -> Path:
             f"hidden_size={config.hidden_size} must be num_heads ({config.num_heads}) times a multiple of 16."
         )
     processor = make_processor()
-    tokenizer = processor.tokenizer
-    if config.vocab_size < len(tokenizer):
-        raise ValueError(f"vocab_size={config.vocab_size} must be at least {len(tokenizer)}.")
+    if config.vocab_size < len(processor.tokenizer):
+        raise ValueError(f"vocab_size={config.vocab_size} must be at least {len(processor.tokenizer)}.")
     vlm_config = make_config(
         processor,
         text={
@@ -103,7 +102,7 @@ def make_tiny_vlm(config: TinyVLMConfig) -> Path:
     )
     torch.manual_seed(config.seed)
     model = Qwen2_5_VLForConditionalGeneration(vlm_config)
-    # What Qwen2.5-VL ships with; decoding must not care.
+    # Qwen2.5-VL's own settings. The policy's decoding ignores them.
     model.generation_config = GenerationConfig(do_sample=True, temperature=1e-6, repetition_penalty=1.05)
     model.save_pretrained(out)
     processor.save_pretrained(out)
@@ -142,7 +141,7 @@ def make_config(processor: Any, text: dict[str, Any], vision: dict[str, Any]) ->
 
     ids = {token: processor.tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
     head_dim = text["hidden_size"] // text["num_attention_heads"]
-    # Multimodal RoPE splits half a head's dimensions among time, height and width, 1 : 1.5 : 1.5 as in
+    # Multimodal RoPE splits half of a head's dimensions among time, height and width, 1 : 1.5 : 1.5 as in
     # Qwen2.5-VL.
     section = [head_dim // 8, head_dim * 3 // 16, head_dim * 3 // 16]
     return Qwen2_5_VLConfig(
@@ -171,8 +170,7 @@ def make_config(processor: Any, text: dict[str, Any], vision: dict[str, Any]) ->
 
 
 def _train_tokenizer() -> Tokenizer:
-    """Byte-level BPE in Qwen2's manner, trained on CORPUS. Digits and the space get the ids they have in
-    Qwen2."""
+    """Byte-level BPE as in Qwen2, trained on CORPUS. Digits and the space have the same ids as in Qwen2."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -192,7 +190,7 @@ def _train_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-# Qwen2.5-VL's dialogue format (ChatML with vision markers and optional "Picture n: "), for text and images.
+# Qwen2.5-VL's chat template (ChatML with vision markers and an optional "Picture n: ") for text and images.
 CHAT_TEMPLATE = (
     "{%- set pictures = namespace(n=0) -%}"
     "{%- for message in messages -%}"

@@ -1,4 +1,4 @@
-"""Makes hf-libero usable without a terminal: its config file, its assets, the rendering library.
+"""Prepares hf-libero for use without a terminal: its config file, its assets, the rendering library.
 
 Call `prepare_libero` in every process, before the first import of `libero.libero` or of
 `lerobot.envs.libero`.
@@ -21,13 +21,15 @@ from .primitives import write_primitive_assets
 
 # Sub-folders that hf-libero itself checks for before it downloads.
 ASSET_FOLDERS = ("articulated_objects", "stable_scanned_objects", "turbosquid_objects", "stable_hope_objects")
-ASSETS_REPO = "lerobot/libero-assets"  # hf-libero's source
+ASSETS_REPO = "lerobot/libero-assets"  # where hf-libero downloads from
 # Part of the folder's name: raise it whenever primitives.py changes what it writes.
 PRIMITIVES_VERSION = 1
+# Value of MUJOCO_GL → (library that it needs, Debian packages that bring it), in order of preference.
+RENDERERS = {"egl": ("EGL", "libegl1 libegl-mesa0 libgl1"), "osmesa": ("OSMesa", "libosmesa6")}
 
 
 def prepare_libero(suite: str, assets: str = "auto") -> Path:
-    """Answers LIBERO's question for its config file and points it at the assets.
+    """Writes LIBERO's config file if there is none, and points LIBERO to the assets.
 
     Args:
         suite: LIBERO suite that will be used, for example "libero_object".
@@ -37,16 +39,16 @@ def prepare_libero(suite: str, assets: str = "auto") -> Path:
             LIBERO's asset sub-folders.
 
     Returns:
-        The asset folder. Passed on as `assets` to other processes, it saves them the search.
+        The asset folder. Pass it on to other processes as `assets`, so that they need not search for it.
 
     Raises:
         ImportError: hf-libero is not installed.
-        FileNotFoundError: there are no assets and no way to download them, `assets` is no folder of assets,
-            or LIBERO's config points to folders that are gone.
+        FileNotFoundError: there are no assets and no way to download them, `assets` is not a folder of
+            assets, or LIBERO's config file points to folders that do not exist.
         ValueError: primitives were asked for another suite than libero_object.
         RuntimeError: no library for off-screen rendering.
     """
-    # find_spec of the sub-package would run its __init__, which asks the question.
+    # find_spec("libero.libero") would run the sub-package's __init__, which asks for the config on stdin.
     package = importlib.util.find_spec("libero")
     if package is None:
         raise ImportError("LIBERO is not installed: pip install 'lerobot_policy_vla0[libero]'")
@@ -61,8 +63,8 @@ def prepare_libero(suite: str, assets: str = "auto") -> Path:
 
 
 def _ensure_config(root: Path) -> None:
-    """Writes ~/.libero/config.yaml (or $LIBERO_CONFIG_PATH/config.yaml), about which LIBERO asks on first
-    import."""
+    """Writes ~/.libero/config.yaml (or $LIBERO_CONFIG_PATH/config.yaml), without which LIBERO's first import
+    asks questions."""
     path = Path(os.environ.get("LIBERO_CONFIG_PATH", Path.home() / ".libero")) / "config.yaml"
     if path.is_file():
         folders = yaml.safe_load(path.read_text()) or {}
@@ -82,7 +84,7 @@ def _ensure_config(root: Path) -> None:
         "datasets": root.parent / "datasets",
         "assets": root / "assets",
     }
-    # Replaced in one step: several environment processes may get here at once.
+    # Replaced in one step: several environment processes may do this at once.
     draft = path.with_name(f"{path.name}.{os.getpid()}")
     draft.write_text(yaml.safe_dump({key: str(value) for key, value in folders.items()}))
     draft.replace(path)
@@ -90,56 +92,53 @@ def _ensure_config(root: Path) -> None:
 
 def _asset_folder(suite: str, assets: str, root: Path) -> Path:
     if assets == "primitive":
-        return _primitives(suite)
-    if assets in ("auto", "real"):
-        installed = [place for place in (root / "assets", _downloads()) if _has_assets(place)]
-        if installed:
-            return installed[0]
-        try:
-            return _download(_downloads())
-        except (OSError, httpx.HTTPError) as error:
-            reason = str(error).splitlines()[0]
-            if assets == "auto" and suite == "libero_object":
-                logging.warning(
-                    "LIBERO's assets are not installed and could not be downloaded: libero_object runs on "
-                    "stand-ins made of boxes and cylinders. Scores on them are not LIBERO scores."
-                )
-                return _primitives(suite)
+        return _primitive_folder(suite)
+    if assets not in ("auto", "real"):
+        folder = Path(assets).expanduser()
+        if not _has_assets(folder):
             raise FileNotFoundError(
-                f"{suite} needs LIBERO's assets, and they could not be downloaded ({reason}).\nOn a machine "
-                f"with network run `hf download {ASSETS_REPO} --repo-type=dataset --local-dir=libero_assets`,"
-                " copy that folder here and pass it as assets=<folder>."
-            ) from error
-    folder = Path(assets).expanduser()
-    if not _has_assets(folder):
+                f"assets={assets!r} is neither 'auto', 'real', 'primitive' nor a folder with "
+                f"{', '.join(ASSET_FOLDERS)}."
+            )
+        return folder.resolve()
+    # The second is where hf-libero downloads to, and so where LeRobot's own `--env.type=libero` looks.
+    downloads = Path.home() / ".cache" / "libero" / "assets"
+    for place in (root / "assets", downloads):
+        if _has_assets(place):
+            return place
+    try:
+        return _download(downloads)
+    except (OSError, httpx.HTTPError) as error:
+        if assets == "auto" and suite == "libero_object":
+            logging.warning(
+                "LIBERO's assets are not installed and could not be downloaded: libero_object runs on "
+                "stand-ins made of boxes and cylinders. Scores on them are not LIBERO scores."
+            )
+            return _primitive_folder(suite)
         raise FileNotFoundError(
-            f"assets={assets!r} is neither 'auto', 'real', 'primitive' nor a folder with "
-            f"{', '.join(ASSET_FOLDERS)}."
-        )
-    return folder.resolve()
-
-
-def _downloads() -> Path:
-    """Where hf-libero looks, and so LeRobot's own `--env.type=libero`."""
-    return Path.home() / ".cache" / "libero" / "assets"
+            f"{suite} needs LIBERO's assets, and they could not be downloaded ({str(error).splitlines()[0]})."
+            f"\nOn a machine with network run `hf download {ASSETS_REPO} --repo-type=dataset "
+            "--local-dir=libero_assets`, copy that folder here and pass it as assets=<folder>."
+        ) from error
 
 
 def _download(target: Path) -> Path:
-    """Fetches the assets from the Hub, with its progress bars.
+    """Downloads the assets from the Hub, with progress bars.
 
-    hf-libero 0.1.4's own download passes an option that huggingface_hub 1.0 removed: it fails, and leaves an
-    empty folder behind. A folder cut short it would take for complete; this one gets its name at the end.
+    hf-libero 0.1.4's own download passes an option that huggingface_hub 1.0 removed: it fails and leaves an
+    empty folder. hf-libero would take an incomplete folder for a complete one, so this one is renamed to
+    `target` only when it is complete.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     draft = target.with_name("assets.incomplete")
-    with FileLock(target.with_name("assets.lock")):  # several processes may get here at once
+    with FileLock(target.with_name("assets.lock")):  # several processes may do this at once
         if _has_assets(target):
             return target
         snapshot_download(ASSETS_REPO, repo_type="dataset", local_dir=draft)
         if not _has_assets(draft):
             raise FileNotFoundError(f"{ASSETS_REPO} lacks some of {', '.join(ASSET_FOLDERS)}.")
         if target.is_dir():
-            target.rmdir()  # hf-libero's empty one; anything else in there is not ours to remove
+            target.rmdir()  # hf-libero's empty folder; fails if anything else is in there
         draft.rename(target)
     return target
 
@@ -148,7 +147,7 @@ def _has_assets(folder: Path) -> bool:
     return all((folder / name).is_dir() for name in ASSET_FOLDERS)
 
 
-def _primitives(suite: str) -> Path:
+def _primitive_folder(suite: str) -> Path:
     if suite != "libero_object":
         raise ValueError(
             f"assets='primitive' exists for libero_object only, not for {suite}. Use assets='real'."
@@ -158,34 +157,34 @@ def _primitives(suite: str) -> Path:
 
 
 def is_primitive(folder: Path) -> bool:
-    """Whether what `prepare_libero` returned are the generated stand-ins."""
+    """Whether the folder that `prepare_libero` returned holds the generated stand-ins."""
     return folder.name.startswith("primitive_assets_v")
 
 
 def asset_name(folder: Path) -> str:
-    """The folder's name for result files: "real" for LIBERO's own, wherever they are installed."""
+    """The asset folder's name in result files: "real" for LIBERO's own, wherever they are installed."""
     return "real" if folder.name == "assets" else folder.name
 
 
 def check_rendering() -> None:
-    """On Linux: sets MUJOCO_GL where it is not set, to EGL or else OSMesa, whichever library is there.
+    """On Linux, chooses the library for off-screen rendering: sets MUJOCO_GL, if it is not set, to EGL or
+    else OSMesa, whichever is installed.
 
     Raises:
-        RuntimeError: neither is there, or the one that MUJOCO_GL names is not.
+        RuntimeError: neither is installed, or the one that MUJOCO_GL names is not.
     """
-    if platform.system() != "Linux" or "robosuite" in sys.modules:  # it reads the variable when imported
+    if platform.system() != "Linux" or "robosuite" in sys.modules:  # robosuite reads MUJOCO_GL when imported
         return
-    libraries = {"egl": "EGL", "osmesa": "OSMesa"}
-    packages = {"egl": "libegl1 libegl-mesa0 libgl1", "osmesa": "libosmesa6"}
     backend = os.environ.get("MUJOCO_GL", "").lower()
     if not backend:
-        backend = next((b for b, library in libraries.items() if find_library(library)), "")
+        backend = next((name for name, (library, _) in RENDERERS.items() if find_library(library)), "")
         if not backend:
             raise RuntimeError(
-                f"No library for off-screen rendering: install {packages['osmesa']} and set "
-                f"MUJOCO_GL=osmesa, or {packages['egl']} and MUJOCO_GL=egl (Debian and Ubuntu package "
+                f"No library for off-screen rendering: install {RENDERERS['osmesa'][1]} and set "
+                f"MUJOCO_GL=osmesa, or {RENDERERS['egl'][1]} and MUJOCO_GL=egl (Debian and Ubuntu package "
                 "names)."
             )
         os.environ["MUJOCO_GL"] = backend
-    if backend in libraries and not find_library(libraries[backend]):
-        raise RuntimeError(f"MUJOCO_GL={backend}, but its library is missing: install {packages[backend]}.")
+    library, packages = RENDERERS.get(backend, (None, ""))
+    if library and not find_library(library):
+        raise RuntimeError(f"MUJOCO_GL={backend}, but its library is missing: install {packages}.")

@@ -1,7 +1,7 @@
 """LIBERO as a Gymnasium environment, `gymnasium.make("lerobot_vla0/Libero-v0", suite=..., task_id=...)`.
 
-LeRobot's `LiberoEnv` does the work; this gives it what Gymnasium users expect: upright images, the robot's
-state as one vector, seeds that decide the initial state, truncation at the suite's step limit.
+Built on LeRobot's `LiberoEnv`, with what Gymnasium users expect: upright images, the robot's state as one
+vector, seeds that decide the initial state, truncation at the suite's step limit.
 """
 
 from typing import Any, ClassVar
@@ -11,7 +11,8 @@ import numpy as np
 from gymnasium import spaces
 
 from .assets import prepare_libero
-from .config import MAX_STEPS, SIMULATOR_SEED, check_task_ids
+from .config import SIMULATOR_SEED
+from .suites import MAX_STEPS, check_task_ids
 
 FPS = 20  # robosuite's control frequency
 
@@ -19,12 +20,12 @@ FPS = 20  # robosuite's control frequency
 class LiberoEnv(gym.Env):
     """One task of LIBERO.
 
-    Observation: `pixels`: `image` (the scene) and `image2` (the wrist camera), uint8 (size, size, 3),
-    upright, as in `lerobot/libero`; `agent_pos`: float32 (8,), the end effector's position in metres, its
-    orientation as axis-angle in radians, and the positions of the two fingers in metres.
+    Observation: `pixels` with `image` (the scene) and `image2` (the wrist camera), uint8 (size, size, 3),
+    upright as in `lerobot/libero`; `agent_pos`, float32 (8,): the end effector's position in metres, its
+    orientation as axis-angle in radians, the positions of the two fingers in metres.
 
     Action: float32 (7,) in [-1, 1]: changes of position (3) and orientation (3) of the end effector for the
-    operational space controller, then the gripper, negative opens and positive closes.
+    operational space controller, then the gripper (negative opens, positive closes).
 
     Reward: 1 on success, else 0; success ends the episode. `info` has `is_success`, `task` (the instruction),
     `task_id` and `init_state`.
@@ -32,8 +33,8 @@ class LiberoEnv(gym.Env):
     Args:
         suite: libero_spatial, libero_object, libero_goal, libero_10 or libero_90.
         task_id: 0..9 (libero_90: 0..89).
-        init_state: which of LIBERO's 50 stored initial states to start from; None draws one at each reset,
-            from the seed. `reset(options={"init_state": 3})` overrides it.
+        init_state: which of LIBERO's 50 stored initial states to start from; None draws one at each reset
+            from its seed. `reset(options={"init_state": 3})` overrides it.
         image_size: side of the square images in pixels.
         max_episode_steps: None takes the suite's limit (220, 280, 300, 520, 400).
         assets: "auto", "real", "primitive" or a folder; see `prepare_libero`.
@@ -100,16 +101,16 @@ class LiberoEnv(gym.Env):
             chosen = self.np_random.integers(self.num_init_states)
         self._init_state, self._steps = self._check_init_state(chosen), 0
         self._env.init_state_id = self._init_state
-        # Whatever the simulator draws before it takes the stored state is drawn alike every time.
+        # The simulator draws random numbers before it takes the stored state: the same ones every time.
         observation, _ = self._env.reset(seed=SIMULATOR_SEED)
-        return self._observation(observation), self._info(is_success=False)
+        return self._observation(observation), self._info(False)
 
     def step(self, action: np.ndarray) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
         observation, reward, terminated, _, info = self._env.step(np.asarray(action, dtype=np.float32))
         self._steps += 1
         truncated = not terminated and self._steps >= self._max_episode_steps
-        success = bool(info["is_success"])
-        return self._observation(observation), float(reward), bool(terminated), truncated, self._info(success)
+        info = self._info(bool(info["is_success"]))
+        return self._observation(observation), float(reward), bool(terminated), truncated, info
 
     def _info(self, is_success: bool) -> dict[str, Any]:
         return {
@@ -120,15 +121,14 @@ class LiberoEnv(gym.Env):
         }
 
     def _observation(self, observation: dict[str, Any]) -> dict[str, Any]:
-        # LIBERO's cameras are mounted upside down: turned by 180° they are as in the data sets.
+        # LIBERO's cameras are mounted upside down; the data sets hold the images turned by 180°.
         pixels = {k: np.ascontiguousarray(v[::-1, ::-1]) for k, v in observation["pixels"].items()}
         self._frame = pixels["image"]
         return {"pixels": pixels, "agent_pos": agent_position(observation["robot_state"])}
 
     @property
     def simulator(self) -> Any:
-        """LIBERO's own environment below, after the first reset: for controllers that read the simulator's
-        state."""
+        """LIBERO's environment after the first reset, for controllers that read the simulator's state."""
         return self._env._env
 
     def render(self) -> np.ndarray | None:

@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import re
+from contextlib import closing
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import batched
@@ -22,22 +23,16 @@ from tqdm import tqdm
 
 from ..options import PolicyOptions
 from .assets import asset_name, is_primitive, prepare_libero
-from .config import MAX_STEPS, NUM_INIT_STATES, NUM_TASKS, VLA0LiberoEnv, check_task_ids
+from .config import VLA0LiberoEnv
 from .env import FPS
 from .report import compare, key_of, read_episodes, write_report
+from .suites import MAX_STEPS, NUM_INIT_STATES, TASKS, check_task_ids, split_suites
 
 PACKAGES = ("lerobot", "lerobot_policy_vla0", "transformers", "torch", "hf-libero", "robosuite", "mujoco")
-# Policy fields that only say where and how fast, not what.
+# Fields of the policy's config that do not change its actions.
 IGNORED_FIELDS = {
-    "device",
-    "pretrained_path",
-    "compile_model",
-    "draft_length",
-    "push_to_hub",
-    "repo_id",
-    "private",
-    "tags",
-}
+    "device", "pretrained_path", "compile_model", "draft_length", "push_to_hub", "repo_id", "private", "tags",
+}  # fmt: skip
 
 
 @dataclass(kw_only=True)
@@ -59,8 +54,8 @@ class EvalConfig(PolicyOptions):
     batch_size: int = 1
     # Each environment in a process of its own (for batch_size above 1).
     use_async_envs: bool = True
-    # "3/10" runs the third of ten parts; the same command with the same folder, on any machine, runs the
-    # others.
+    # "3/10" runs the third of ten parts; the same command with another K and the same folder, on any machine,
+    # runs another part.
     shard: str = "1/1"
     # Videos to keep: failures, all or none.
     videos: str = "failures"
@@ -81,11 +76,8 @@ class EvalConfig(PolicyOptions):
             raise ValueError(f"shard={self.shard!r} must be K/N with 1 <= K <= N, for example 3/10.")
         if self.videos not in ("failures", "all", "none"):
             raise ValueError(f"videos={self.videos!r} must be failures, all or none.")
-        if (
-            self.episodes < 1
-            or self.batch_size < 1
-            or not 0 <= self.first_init_state <= NUM_INIT_STATES - self.episodes
-        ):
+        last_start = NUM_INIT_STATES - self.episodes
+        if min(self.episodes, self.batch_size) < 1 or not 0 <= self.first_init_state <= last_start:
             raise ValueError(
                 f"episodes={self.episodes}, first_init_state={self.first_init_state}, "
                 f"batch_size={self.batch_size}: at least 1 episode and environment, and initial states in "
@@ -94,7 +86,7 @@ class EvalConfig(PolicyOptions):
 
     @property
     def suite_list(self) -> list[str]:
-        return [suite.strip() for suite in self.suites.split(",") if suite.strip()]
+        return split_suites(self.suites)
 
     @property
     def part(self) -> int:
@@ -105,18 +97,18 @@ class EvalConfig(PolicyOptions):
         return int(self.shard.split("/")[1])
 
     def batches(self) -> list[tuple[str, int, tuple[int, ...]]]:
-        """(suite, task, episodes) of every batch of the whole evaluation, in order, the same in every
-        process."""
+        """(suite, task, episodes) of every batch of the whole evaluation, in the order in which they run. The
+        same in every shard."""
         return [
             (suite, task, group)
             for suite in self.suite_list
-            for task in (self.tasks or range(NUM_TASKS[suite]))
+            for task in (self.tasks or range(len(TASKS[suite])))
             for group in batched(range(self.episodes), self.batch_size)
         ]
 
 
 def evaluate(config: EvalConfig) -> Path:
-    """Runs what is not done yet, writes the report and returns its path.
+    """Runs the episodes that are not in the results folder yet, writes the report and returns its path.
 
     Raises:
         ValueError: no policy, one whose actions or cameras LIBERO does not have, or a results folder with
@@ -127,24 +119,22 @@ def evaluate(config: EvalConfig) -> Path:
     batches, settings = config.batches(), _settings(config)
     _check_settings(Path(config.out), settings)
     done = read_episodes(config.out)
-    mine = batches[config.part - 1 :: config.parts]
-    todo = [b for b in mine if not all((b[0], b[1], e) in done for e in b[2])]
-    finished = [done[(s, t, e)] for s, t, group in mine for e in group if (s, t, e) in done]
-    count, successes = len(finished), sum(episode["success"] for episode in finished)
-    total = sum(len(group) for _, _, group in mine)
-    if todo:
-        runner = _Runner(config)
-        progress = tqdm(total=total, initial=count, desc="Evaluating", unit="episode")
-        try:
-            for suite, task, group in todo:
+    batches = batches[config.part - 1 :: config.parts]  # of this shard
+    keys = [(suite, task, episode) for suite, task, group in batches for episode in group]
+    finished = [done[key] for key in keys if key in done]
+    batches = [(suite, task, g) for suite, task, g in batches if any((suite, task, e) not in done for e in g)]
+    if batches:
+        with (
+            closing(_Runner(config)) as runner,
+            tqdm(total=len(keys), initial=len(finished), desc="Evaluating", unit="episode") as progress,
+        ):
+            for suite, task, group in batches:
                 rows = [row for row in runner.run(suite, task, group) if key_of(row) not in done]
                 _append(Path(config.out) / f"episodes-{config.part}of{config.parts}.jsonl", rows)
-                count, successes = count + len(rows), successes + sum(row["success"] for row in rows)
+                finished += rows
+                rate = 100 * sum(row["success"] for row in finished) / len(finished)
                 progress.update(len(rows))
-                progress.set_postfix(success=f"{100 * successes / count:.1f} %", task=f"{suite} {task}")
-        finally:
-            progress.close()
-            runner.close()
+                progress.set_postfix(success=f"{rate:.1f} %", task=f"{suite} {task}")
     report = write_report(config.out)
     print(report.read_text().split("## Settings")[0])
     if config.compare is not None:
@@ -154,7 +144,7 @@ def evaluate(config: EvalConfig) -> Path:
 
 
 def _settings(config: EvalConfig) -> dict[str, Any]:
-    """Everything that decides the result. Two runs with equal settings may share a folder."""
+    """Everything that the results depend on. Two runs with equal settings may share a folder."""
     folders = [prepare_libero(suite, config.assets) for suite in config.suite_list]
     policy = draccus.encode(config.policy, PreTrainedConfig)
     return {
@@ -179,27 +169,26 @@ def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "settings.json"
     if not path.is_file():
-        draft = path.with_suffix(f".{os.getpid()}")  # several shards may start at once
+        draft = path.with_suffix(f".{os.getpid()}")  # replaced in one step: shards may start at once
         draft.write_text(json.dumps(settings, indent=2))
         draft.replace(path)
         return
-    before = json.loads(path.read_text())
-    now = json.loads(json.dumps(settings))
-    flat_before, flat_now = (
-        {**s, **{f"policy.{k}": v for k, v in s["policy"].items()}} for s in (before, now)
+    before, now = (
+        {**s, **{f"policy.{name}": value for name, value in s["policy"].items()}}
+        for s in (json.loads(path.read_text()), json.loads(json.dumps(settings)))
     )
-    for name in flat_now:
-        if name not in ("policy", "versions") and flat_before.get(name) != flat_now[name]:
+    for name in now:
+        if name not in ("policy", "versions") and before.get(name) != now[name]:
             raise ValueError(
-                f"{folder} holds results of other settings: {name} was {flat_before.get(name)!r}, is "
-                f"{flat_now[name]!r}. Choose another --out, or repeat the settings in {path}."
+                f"{folder} holds results of other settings: {name} was {before.get(name)!r}, is "
+                f"{now[name]!r}. Choose another --out, or repeat the settings in {path}."
             )
 
 
 def _append(path: Path, rows: list[dict[str, Any]]) -> None:
-    """All rows of a batch in one write, on disk when it returns: after a kill, a batch is there whole or
-    not."""
-    # A line that a kill cut off would swallow the next one.
+    """Writes all rows of a batch at once and flushes them to disk, so that a kill does not lose finished
+    batches."""
+    # The next line must not be appended to one that was cut off by a kill.
     if path.is_file() and (content := path.read_bytes()) and not content.endswith(b"\n"):
         path.write_bytes(content[: content.rfind(b"\n") + 1])
     with path.open("a") as file:
@@ -209,12 +198,12 @@ def _append(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 class _Runner:
-    """Policy and, one task at a time, environments."""
+    """The policy, and the environments of one task at a time."""
 
     def __init__(self, config: EvalConfig) -> None:
         from lerobot.policies.factory import make_policy, make_pre_post_processors
 
-        self.config, self.envs, self.open = config, {}, None
+        self.config, self.env, self.current_task = config, None, None
         env_config = self._env_config(config.suite_list[0], None)
         policy = make_policy(config.policy, env_cfg=env_config)
         cameras = set(policy.config.camera_keys) - set(env_config.features_map.values())
@@ -231,78 +220,69 @@ class _Runner:
         )
         self.env_processors = env_config.get_env_processors()
 
-    def _env_config(self, suite: str, task: int | None) -> VLA0LiberoEnv:
+    def _env_config(self, suite: str, task_ids: list[int] | None) -> VLA0LiberoEnv:
         return VLA0LiberoEnv(
             task=suite,
-            task_ids=None if task is None else [task],
+            task_ids=task_ids,
             assets=self.config.assets,
             observation_height=self.config.image_size,
             observation_width=self.config.image_size,
             episode_length=self.config.max_episode_steps,
         )
 
+    def switch_task(self, suite: str, task: int) -> None:
+        """Makes `self.env` a vector of `batch_size` environments of this task."""
+        if self.current_task == (suite, task):
+            return
+        self.close()
+        config = self._env_config(suite, [task])
+        self.env = config.create_envs(self.config.batch_size, self.config.use_async_envs)[suite][task]
+        self.current_task = suite, task
+
+    def close(self) -> None:
+        if self.env is not None:
+            self.env.close()
+            self.env = self.current_task = None
+
     def run(self, suite: str, task: int, episodes: tuple[int, ...]) -> list[dict[str, Any]]:
-        """One batch of episodes → one row each."""
+        """Plays one batch of episodes; returns one row of the results for each."""
         from lerobot.scripts.lerobot_eval import rollout
 
-        env = self._open(suite, task)
-        # Every batch has batch_size environments; in the last one of a task some repeat an episode, for
-        # nothing.
+        self.switch_task(suite, task)
+        # There are always batch_size environments. If fewer episodes are left, the last one is played several
+        # times and counted once.
         ids = [episodes[min(i, len(episodes) - 1)] for i in range(self.config.batch_size)]
         states = [self.config.first_init_state + episode for episode in ids]
-        env.call("set_init_states", states)
-        frames: list[np.ndarray] = []
-        keep = (lambda e: frames.append(np.stack(e.call("render")))) if self.config.videos != "none" else None
+        self.env.call("set_init_states", states)
+        frames: list[np.ndarray] = []  # (batch_size, H, W, 3) uint8 for each timestep
+        videos = self.config.videos
+        keep = None if videos == "none" else lambda env: frames.append(np.stack(env.call("render")))
         with torch.no_grad():
             data = rollout(
-                env,
+                self.env,
                 self.policy,
                 *self.env_processors,
                 self.preprocess,
                 self.postprocess,
                 render_callback=keep,
             )
-        instruction = env.call("task_description")[0]
+        instruction = self.env.call("task_description")[0]
         rows = []
         for i, episode in enumerate(episodes):
             done = data["done"][i]
             steps = int(done.int().argmax()) + 1 if done.any() else len(done)
             success = bool(data["success"][i, :steps].any())
-            rows.append(
-                {
-                    "suite": suite,
-                    "task_id": task,
-                    "task": instruction,
-                    "episode": episode,
-                    "init_state": states[i],
-                    "success": success,
-                    "steps": steps,
-                }
-            )
-            if self.config.videos == "all" or (self.config.videos == "failures" and not success):
-                self._write_video([f[i] for f in frames[: steps + 1]], suite, task, episode, success)
+            row = {"suite": suite, "task_id": task, "task": instruction, "episode": episode}
+            rows.append({**row, "init_state": states[i], "success": success, "steps": steps})
+            if videos == "all" or (videos == "failures" and not success):
+                self._write_video(rows[-1], np.stack([frame[i] for frame in frames[: steps + 1]]))
         return rows
 
-    def _write_video(
-        self, frames: list[np.ndarray], suite: str, task: int, episode: int, success: bool
-    ) -> None:
+    def _write_video(self, row: dict[str, Any], frames: np.ndarray) -> None:
         from lerobot.utils.io_utils import write_video
 
         folder = Path(self.config.out) / "videos"
         folder.mkdir(exist_ok=True)
-        name = f"{suite}_{task}_episode_{episode}_{'success' if success else 'failure'}.mp4"
-        write_video(str(folder / name), np.stack(frames), FPS)
-
-    def _open(self, suite: str, task: int) -> Any:
-        if self.open != (suite, task):
-            self.close()
-            envs = self._env_config(suite, task).create_envs(
-                self.config.batch_size, self.config.use_async_envs
-            )
-            self.envs, self.open = envs[suite][task], (suite, task)
-        return self.envs
-
-    def close(self) -> None:
-        if self.open is not None:
-            self.envs.close()
-            self.open = None
+        outcome = "success" if row["success"] else "failure"
+        name = f"{row['suite']}_{row['task_id']}_episode_{row['episode']}_{outcome}.mp4"
+        write_video(str(folder / name), frames, FPS)

@@ -1,7 +1,6 @@
-"""Stand-in assets for libero_object made of MuJoCo boxes and cylinders alone, so that it runs with no
-download.
+"""Stand-in assets for libero_object made of MuJoCo boxes and cylinders, for use without a download.
 
-LIBERO's official task files (BDDL) and init states work on them: each object keeps the name, the sites and
+LIBERO's official task files (BDDL) and initial states work with them: each object has the name, the sites and
 about the size of the original (half extents in metres below, measured on LIBERO's collision geoms), but not
 its looks. Scores on these are NOT LIBERO scores.
 """
@@ -13,8 +12,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-# A geom: (type, half sizes, position, rgb); "can" is a cylinder that stands along y. LIBERO rotates most
-# objects upright itself, so their local "up" is +y; the bbq bottle and the flat boxes have +z.
+# A geom: (type, half sizes, position, rgb); "can" is a cylinder along the y axis. LIBERO's task files rotate
+# most objects upright, so that their local "up" is +y; that of the bbq bottle and the flat boxes is +z.
 Geom = tuple[str, tuple[float, ...], tuple[float, ...], tuple[float, ...]]
 TIN = (0.75, 0.75, 0.78)
 WOOD, WOOD_DARK = (0.78, 0.72, 0.55), (0.72, 0.66, 0.5)
@@ -42,7 +41,7 @@ def _carton(color: tuple, top: tuple) -> list[Geom]:
 
 
 def _packet(x: float, y: float, z: float, color: tuple, band: tuple) -> list[Geom]:
-    # The band stands out by 0.3 mm so that the two surfaces do not flicker.
+    # The band is 0.3 mm larger than the box, because coinciding surfaces flicker.
     return [
         ("box", (x, y, z), (0, 0, 0), color),
         ("box", (0.45 * x, y + 0.0003, z + 0.0003), (0, 0, 0), band),
@@ -71,8 +70,8 @@ BASKET: list[Geom] = [
     ("box", (0.0718, 0.0067, 0.066), (0, -0.0718, 0.0795), WOOD_DARK),
     ("box", (0.0718, 0.0067, 0.066), (0, 0.0718, 0.0795), WOOD_DARK),
 ]
-# Distances of robosuite's bottom_site, top_site and horizontal_radius_site from the origin; LIBERO places by
-# them.
+# Distances in metres of robosuite's bottom_site, top_site and horizontal_radius_site from the origin. LIBERO
+# places objects by these sites.
 UPRIGHT_SITES, FLAT_SITES = (0.06, 0.04, 0.03), (0.025, 0.025, 0.03)
 SITES = {
     "bbq_sauce": (0.06, 0.06, 0.015),
@@ -83,35 +82,36 @@ SITES = {
 }
 # LIBERO's own contact parameters for these objects.
 CONTACT = 'solimp="0.998 0.998 0.001" solref="0.001 1" density="100" friction="0.95 0.3 0.1"'
-# Where the goal predicate In(object, basket) looks.
+# The region that the goal predicate In(object, basket) tests.
 CONTAIN_REGION = (
     '<site type="box" name="contain_region" pos="0 0 .07185" quat="0 0 0 1" size=".06108 .06108 .06949" '
     'group="0" rgba="0 0 0 0"/>'
 )
-SCENE = """<mujoco model="floor_arena"><asset>
+WALL = 'type="box" contype="0" conaffinity="0" group="1" material="walls_mat"'
+SCENE = f"""<mujoco model="floor_arena"><asset>
   <texture builtin="gradient" height="64" width="64" rgb1=".9 .9 1" rgb2=".2 .3 .4" type="skybox"/>
   <texture file="../textures/light-gray-floor-tile.png" type="2d" name="texplane"/>
   <material name="floorplane" texrepeat="3 3" texture="texplane" texuniform="true" specular="0"
-  shininess="0"/> <texture file="../textures/light-gray-plaster.png" type="2d" name="tex-wall"/>
+    shininess="0"/>
+  <texture file="../textures/light-gray-plaster.png" type="2d" name="tex-wall"/>
   <material name="walls_mat" texrepeat="3 3" texture="tex-wall" texuniform="true" specular=".8"
-shininess=".1"/> </asset><worldbody>
+    shininess=".1"/>
+</asset><worldbody>
   <body name="floor" pos="0 0 0">
     <geom name="floor" type="plane" size="3 3 .125" condim="3" group="1" material="floorplane"/>
   </body>
-  {walls}
+  <geom pos="-2 0 1.5" quat=".5 .5 .5 .5" size="1.5 1.5 .01" {WALL}/>
+  <geom pos="1.25 3 1.5" quat=".7071 .7071 0 0" size="1.75 1.5 .01" {WALL}/>
+  <geom pos="1.25 -3 1.5" quat=".7071 -.7071 0 0" size="1.75 1.5 .01" {WALL}/>
   <light name="light1" diffuse=".8 .8 .8" specular=".3 .3 .3" dir="0 -.15 -1" pos="1 1 4" castshadow="false"/>
   <light name="light2" diffuse=".8 .8 .8" specular=".3 .3 .3" dir="0 -.15 -1" pos="-3 -3 4"
-  castshadow="false"/> <camera mode="fixed" name="frontview" pos="1 0 1.45" quat=".56 .43 .43 .56"/>
+    castshadow="false"/>
+  <camera mode="fixed" name="frontview" pos="1 0 1.45" quat=".56 .43 .43 .56"/>
   <camera mode="fixed" name="birdview" pos="-.2 0 3" quat=".7071 0 0 .7071"/>
   <camera mode="fixed" name="agentview" pos=".5 0 1.35" quat=".653 .271 .271 .653"/>
   <camera mode="fixed" name="sideview" pos="-.0565 1.276 1.488" quat=".0099 .0069 .5912 .8064"/>
 </worldbody></mujoco>
 """
-WALLS = [  # position, quaternion, half sizes
-    ("-2 0 1.5", ".5 .5 .5 .5", "1.5 1.5 .01"),
-    ("1.25 3 1.5", ".7071 .7071 0 0", "1.75 1.5 .01"),
-    ("1.25 -3 1.5", ".7071 -.7071 0 0", "1.75 1.5 .01"),
-]
 
 
 def _numbers(values: tuple[float, ...]) -> str:
@@ -119,7 +119,7 @@ def _numbers(values: tuple[float, ...]) -> str:
 
 
 def _geom_xml(geom: Geom) -> str:
-    """One collision geom (invisible, group 0) and its picture (no contact, no mass, group 1)."""
+    """A geom for contacts (invisible, group 0) and one for the cameras (no contact, no mass, group 1)."""
     kind, size, position, color = geom
     quat = "0.7071068 0.7071068 0 0" if kind == "can" else "1 0 0 0"
     kind = "cylinder" if kind == "can" else kind
@@ -132,44 +132,31 @@ def _geom_xml(geom: Geom) -> str:
 
 def _object_xml(name: str, geoms: list[Geom], inside: str = "") -> str:
     bottom, top, radius = SITES.get(name, UPRIGHT_SITES)
-    sites = "".join(
-        f'<site name="{site}" pos="{position}" size=".005" rgba="0 0 0 0"/>'
-        for site, position in [
-            ("bottom_site", f"0 0 -{bottom}"),
-            ("top_site", f"0 0 {top}"),
-            ("horizontal_radius_site", f"{radius} {radius} 0"),
-        ]
-    )
     body = "\n    ".join(map(_geom_xml, geoms))
-    return (
-        f'<mujoco model="{name}"><worldbody><body>\n  <body name="object">{inside}\n    {body}\n  </body>\n'
-        f"  {sites}\n</body></worldbody></mujoco>\n"
-    )
-
-
-def _files() -> dict[str, str]:
-    walls = "\n  ".join(
-        f'<geom pos="{p}" quat="{q}" size="{s}" type="box" contype="0" conaffinity="0" group="1" '
-        'material="walls_mat"/>'
-        for p, q, s in WALLS
-    )
-    files = {"scenes/libero_floor_base_style.xml": SCENE.format(walls=walls)}
-    for name, geoms in OBJECTS.items():
-        files[f"stable_hope_objects/{name}/{name}.xml"] = _object_xml(name, geoms)
-    files["stable_scanned_objects/basket/basket.xml"] = _object_xml("basket", BASKET, CONTAIN_REGION)
-    return files
+    look = 'size=".005" rgba="0 0 0 0"'
+    return f"""<mujoco model="{name}"><worldbody><body>
+  <body name="object">{inside}
+    {body}
+  </body>
+  <site name="bottom_site" pos="0 0 -{bottom}" {look}/>
+  <site name="top_site" pos="0 0 {top}" {look}/>
+  <site name="horizontal_radius_site" pos="{radius} {radius} 0" {look}/>
+</body></worldbody></mujoco>
+"""
 
 
 def write_primitive_assets(folder: Path) -> Path:
-    """Writes the asset folder (about 60 KB) unless it is there, and returns it. Safe to call from many
-    processes."""
+    """Writes the asset folder (about 60 KB) unless it exists. Several processes may call this at once."""
     folder = Path(folder)
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # Written beside its place and moved there, so that no other process ever sees half of it.
+    # Written to a temporary folder and renamed, so that no other process sees an incomplete one.
     draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
-    for name, text in _files().items():
+    texts = {f"stable_hope_objects/{name}/{name}.xml": _object_xml(name, g) for name, g in OBJECTS.items()}
+    texts["stable_scanned_objects/basket/basket.xml"] = _object_xml("basket", BASKET, CONTAIN_REGION)
+    texts["scenes/libero_floor_base_style.xml"] = SCENE
+    for name, text in texts.items():
         (draft / name).parent.mkdir(parents=True, exist_ok=True)
         (draft / name).write_text(text)
     for empty in ("articulated_objects", "turbosquid_objects", "textures"):  # hf-libero looks for them
@@ -183,7 +170,6 @@ def write_primitive_assets(folder: Path) -> Path:
     draft.chmod(0o755)
     try:
         draft.rename(folder)
-    except OSError:
-        # Another process was faster; its files are the same.
+    except OSError:  # another process has written the same folder in the meantime
         shutil.rmtree(draft)
     return folder

@@ -1,42 +1,36 @@
-"""Statistics and the report of an evaluation: success rates with intervals, paired comparison, table and
-plot."""
+"""The report of an evaluation: success rates with intervals, paired comparison, table and plot."""
 
 import json
-import math
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from scipy.stats import binomtest
+
 Episode = dict[str, Any]  # one line of a results file
-Z95 = 1.959964  # two-sided 95 % quantile of the normal distribution
 
 
 def wilson(successes: int, trials: int) -> tuple[float, float]:
-    """95 % confidence interval of a success rate (Wilson's score interval), both in [0, 1].
+    """95 % confidence interval of a success rate (Wilson's score interval), both limits in [0, 1].
 
     Raises:
         ValueError: no trials.
     """
     if trials < 1:
         raise ValueError("a success rate needs at least one trial.")
-    rate, z2 = successes / trials, Z95**2
-    centre = (rate + z2 / (2 * trials)) / (1 + z2 / trials)
-    half = Z95 * math.sqrt(rate * (1 - rate) / trials + z2 / (4 * trials**2)) / (1 + z2 / trials)
-    # The formula's exact limits, which floating point misses by a bit.
-    low = 0.0 if successes == 0 else centre - half
-    return low, 1.0 if successes == trials else centre + half
+    interval = binomtest(successes, trials).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
-    """Two-sided exact p value of McNemar's test: how likely so uneven a split of the pairs that differ is by
-    chance.
+    """Two-sided p value of McNemar's exact test: a binomial test on the pairs whose outcomes differ.
 
     Args:
-        only_first, only_second: episodes that only the first, or only the second policy solved.
+        only_first, only_second: number of episodes that only the first, or only the second policy solved.
     """
-    n, k = only_first + only_second, min(only_first, only_second)
-    tail = sum(math.comb(n, i) for i in range(k + 1)) / 2**n
-    return min(1.0, 2 * tail)
+    differing = only_first + only_second
+    return float(binomtest(only_first, differing).pvalue) if differing else 1.0
 
 
 def key_of(episode: Episode) -> tuple[str, int, int]:
@@ -44,8 +38,8 @@ def key_of(episode: Episode) -> tuple[str, int, int]:
 
 
 def read_episodes(folder: Path) -> dict[tuple[str, int, int], Episode]:
-    """All finished episodes in a results folder, of every shard; a last line cut off by a kill does not
-    count.
+    """All finished episodes in a results folder, of every shard. A last line that was not written to its end
+    (the process was killed) is left out.
 
     Raises:
         ValueError: a damaged line elsewhere, or one episode twice with different outcomes.
@@ -53,7 +47,7 @@ def read_episodes(folder: Path) -> dict[tuple[str, int, int], Episode]:
     episodes: dict[tuple[str, int, int], Episode] = {}
     for path in sorted(Path(folder).glob("episodes-*.jsonl")):
         lines = path.read_text().split("\n")
-        for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline was not finished
+        for number, line in enumerate(lines[:-1], start=1):  # a finished line ends with a newline
             try:
                 episode = json.loads(line)
                 key = key_of(episode)
@@ -102,35 +96,42 @@ def write_report(folder: Path) -> Path:
     return folder / "report.md"
 
 
-def table_row(suite: str, task: str, rows: list[Episode]) -> str:
+def success_rate(rows: list[Episode]) -> tuple[int, float, float, float]:
+    """Successful episodes, success rate in percent, and the limits of its 95 % interval in percent."""
     successes = sum(row["success"] for row in rows)
     low, high = wilson(successes, len(rows))
+    return successes, 100 * successes / len(rows), 100 * low, 100 * high
+
+
+def table_row(suite: str, task: str, rows: list[Episode]) -> str:
+    """One line of the report's Markdown table."""
+    successes, rate, low, high = success_rate(rows)
     steps = [row["steps"] for row in rows if row["success"]]
     mean = f"{sum(steps) / len(steps):.0f}" if steps else "–"
-    rate = f"{successes}/{len(rows)} = {100 * successes / len(rows):.1f} %"
-    return f"| {suite} | {task} | {rate} | {100 * low:.1f}–{100 * high:.1f} % | {mean} |"
+    return f"| {suite} | {task} | {successes}/{len(rows)} = {rate:.1f} % | {low:.1f}–{high:.1f} % | {mean} |"
 
 
 def plot(groups: dict[str, dict[int, list[Episode]]], path: Path, stand_ins: bool) -> None:
     """Success rate of every task with its interval, one colour per suite."""
     from matplotlib.figure import Figure
 
-    bars = [(suite, task_id, rows) for suite, tasks in groups.items() for task_id, rows in tasks.items()]
-    figure = Figure(figsize=(max(4.0, 0.35 * len(bars) + 2), 3.6), layout="constrained")
-    axes = figure.subplots()
-    for number, suite in enumerate(groups):
-        places = [i for i, bar in enumerate(bars) if bar[0] == suite]
-        counts = [(sum(row["success"] for row in bars[i][2]), len(bars[i][2])) for i in places]
-        rates = [100 * k / n for k, n in counts]
-        intervals = [wilson(k, n) for k, n in counts]
-        below = [rate - 100 * low for rate, (low, _) in zip(rates, intervals, strict=True)]
-        above = [100 * high - rate for rate, (_, high) in zip(rates, intervals, strict=True)]
+    tasks = [task_id for suite in groups.values() for task_id in suite]
+    figure = Figure(figsize=(max(4.0, 0.35 * len(tasks) + 2), 3.6), layout="constrained")
+    axes, drawn = figure.subplots(), 0
+    for number, (suite, episodes) in enumerate(groups.items()):
+        _, rates, low, high = np.array([success_rate(rows) for rows in episodes.values()]).T
         axes.bar(
-            places, rates, yerr=[below, above], color=f"C{number}", label=suite, error_kw={"ecolor": "0.3"}
+            np.arange(drawn, drawn + len(rates)),
+            rates,
+            yerr=[rates - low, high - rates],
+            color=f"C{number}",
+            label=suite,
+            error_kw={"ecolor": "0.3"},
         )
-    axes.set_xticks(range(len(bars)), [str(task_id) for _, task_id, _ in bars])
+        drawn += len(rates)
+    axes.set_xticks(range(len(tasks)), tasks)
     axes.set(xlabel="task", ylabel="success (%), 95 % interval", ylim=(0, 105))
-    axes.set_xlim(-0.8, max(len(bars), 5) - 0.2)  # a lone bar does not fill the plot
+    axes.set_xlim(-0.8, max(len(tasks), 5) - 0.2)  # keeps a single bar narrow
     axes.set_title("stand-in assets: not LIBERO scores" if stand_ins else "LIBERO", fontsize="medium")
     axes.legend(fontsize="small", loc="lower right")
     figure.savefig(path, dpi=120)
@@ -147,18 +148,12 @@ def compare(first: Path, second: Path) -> str:
     if not common:
         raise ValueError(f"{first} and {second} have no finished episode in common.")
     pairs = [(bool(one[key]["success"]), bool(two[key]["success"])) for key in common]
-    both, only_first, only_second = (
-        pairs.count((True, True)),
-        pairs.count((True, False)),
-        pairs.count((False, True)),
-    )
-    n = len(common)
-    return "\n".join(
-        [
-            f"{n} episodes in common (same suite, task and initial state)",
-            f"A  {first}: {100 * (both + only_first) / n:.1f} %",
-            f"B  {second}: {100 * (both + only_second) / n:.1f} %",
-            f"both {both}, only A {only_first}, only B {only_second}, neither {pairs.count((False, False))}",
-            f"McNemar's exact test, two-sided: p = {mcnemar(only_first, only_second):.3g}",
-        ]
+    outcomes = [(True, True), (True, False), (False, True), (False, False)]
+    both, only_first, only_second, neither = map(pairs.count, outcomes)
+    return (
+        f"{len(common)} episodes in common (same suite, task and initial state)\n"
+        f"A  {first}: {100 * (both + only_first) / len(common):.1f} %\n"
+        f"B  {second}: {100 * (both + only_second) / len(common):.1f} %\n"
+        f"both {both}, only A {only_first}, only B {only_second}, neither {neither}\n"
+        f"McNemar's exact test, two-sided: p = {mcnemar(only_first, only_second):.3g}"
     )

@@ -1,0 +1,104 @@
+"""What the READMEs say of files, commands and settings exists."""
+
+import dataclasses
+import re
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from lerobot_vla0 import VLA0Config
+from lerobot_vla0.cli import COMMANDS
+from lerobot_vla0.libero import VLA0LiberoEnv
+
+PACKAGE = ROOT / "lerobot_vla0"
+README = ROOT / "README.md"
+READMES = [README, *sorted(PACKAGE.glob("*/README.md"))]
+WORDS = 1200
+CODE_BLOCK = re.compile(r"^```.*?\n(.*?)^```", re.DOTALL | re.MULTILINE)
+every_readme = pytest.mark.parametrize("file", READMES, ids=lambda file: str(file.relative_to(ROOT)))
+
+
+def section(name: str) -> str:
+    """Text of the main README under a heading."""
+    return re.search(rf"^## {name}\n(.*?)(?=^## |\Z)", README.read_text(), re.DOTALL | re.MULTILINE)[1]
+
+
+def command_lines(file: Path) -> list[str]:
+    """Lines of code blocks, and inline code; of both, those that call `lerobot-vla0`."""
+    text = file.read_text()
+    lines = "".join(CODE_BLOCK.findall(text)).replace("\\\n", " ").splitlines()
+    spans = re.findall(r"`([^`]+)`", CODE_BLOCK.sub("", text))
+    return [re.sub(r"\s+", " ", x) for x in [*lines, *spans] if re.match(r"lerobot-vla0 [a-z]", x)]
+
+
+def command_name(line: str) -> str | None:
+    words = line.removeprefix("lerobot-vla0 ").split(" ")
+    return next((name for name in COMMANDS if words[: len(name.split())] == name.split()), None)
+
+
+def headings(file: Path) -> set[str]:
+    """Anchors of a Markdown file, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.+)$", CODE_BLOCK.sub("", file.read_text()), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_length():
+    """A word is what white space separates: code, tables and their bars count, too."""
+    assert len(README.read_text().split()) <= WORDS
+
+
+@every_readme
+def test_links_and_images_lead_somewhere(file):
+    for link in re.findall(r"\]\(([^)]+)\)", file.read_text()):
+        if link.startswith(("https://", "http://")):
+            continue
+        path, _, anchor = link.partition("#")
+        target = file.parent / path if path else file
+        assert target.exists(), link
+        assert not anchor or anchor in headings(target), link
+
+
+@every_readme
+def test_files_and_modules_exist(file):
+    text = file.read_text()
+    for path in re.findall(r"\b(?:tests|configs)/\w+\.\w+", text):
+        assert (ROOT / path).is_file(), path
+    for module in re.findall(r"-m (lerobot_vla0[\w.]*)", text):
+        assert find_spec(module) is not None, module
+
+
+@every_readme
+def test_commands_and_their_options_exist(file):
+    for line in command_lines(file):
+        name = command_name(line)
+        assert name is not None, line
+        command = COMMANDS[name]
+        if command.config is None:  # not a dataclass: options of TRL or argparse
+            continue
+        config = getattr(import_module(f"lerobot_vla0.{command.module}"), command.config)
+        known = {field.name for field in dataclasses.fields(config)}
+        assert set(re.findall(r" --(\w+)", line)) <= known, line
+
+
+def test_table_of_commands_is_complete():
+    assert set(re.findall(r"^\| `([\w -]+)` \|", section("Commands"), re.MULTILINE)) == set(COMMANDS)
+
+
+@every_readme
+@pytest.mark.parametrize(("option", "config"), [("policy", VLA0Config), ("env", VLA0LiberoEnv)])
+def test_settings_exist(file, option, config):
+    known = {field.name for field in dataclasses.fields(config)} | {"path", "type"}  # LeRobot's parser's own
+    assert set(re.findall(rf"--{option}\.(\w+)", file.read_text())) <= known
+
+
+def test_file_tree_is_that_of_the_package():
+    tree = CODE_BLOCK.search(section("Files"))[1]
+    root, decoding = (re.findall(rf"^ {{{indent}}}(\w+\.py) +\S", tree, re.MULTILINE) for indent in (2, 4))
+    assert sorted(root) == sorted(path.name for path in PACKAGE.glob("*.py"))
+    modules = {path.name for path in (PACKAGE / "decoding").glob("*.py")} - {"__init__.py"}
+    assert sorted(decoding) == sorted(modules)
+    folders = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert set(re.findall(r"^  (\w+)/", tree, re.MULTILINE)) == folders
