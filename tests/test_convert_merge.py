@@ -26,7 +26,7 @@ def logits(policy, batch: dict) -> torch.Tensor:
     # A PeftModel's `model` is the policy.
     policy = policy if isinstance(policy, VLA0Policy) else policy.get_base_model()
     with torch.no_grad():
-        return policy.model(**policy.training_inputs(batch)[0]).logits
+        return policy.model(**policy.examples.training_examples(batch, None)[0]).logits
 
 
 def save(policy, processors, folder: Path) -> Path:
