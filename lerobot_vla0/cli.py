@@ -42,6 +42,7 @@ COMMANDS = {
         "convert.export", "ExportConfig", "export", "write a plain Transformers folder for serving engines"
     ),
     "curve": Command("demo.curve", "CurveConfig", "plot_curve", "plot the loss curve of a lerobot-train log"),
+    "strip": Command("demo.rollout_strip", "StripConfig", "rollout_strip", "draw a rollout beside its chat"),
     "tiny-vlm": Command("demo.tiny_vlm", "TinyVLMConfig", "make_tiny_vlm", "write a small random Qwen2.5-VL"),
 }
 USAGE = "usage: lerobot-vla0 COMMAND [--option=value ...]\n\ncommands:\n" + "\n".join(

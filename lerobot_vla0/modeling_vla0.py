@@ -87,11 +87,7 @@ class VLA0Policy(PreTrainedPolicy):
 
     def get_optim_params(self) -> list[nn.Parameter]:
         self.decoder.require_weights()
-        if self.config.load_in_4bit and not self.config.use_peft:
-            raise ValueError(
-                "load_in_4bit=True: weights of 4 bits cannot be trained themselves. Train an adapter on them "
-                "(--peft.method_type=LORA), or set load_in_4bit=false."
-            )
+        adapters.check_trainable(self.config)
         return [p for p in self.parameters() if p.requires_grad]
 
     def wrap_with_peft(
