@@ -6,9 +6,10 @@ from conftest import make_config, randomise
 from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
 from tiny_families import PICTURES, make_tiny
 
-from lerobot_vla0.bench.decode import BenchDecodeConfig, _scene, bench_decode
-from lerobot_vla0.bench.decode_modes import MODES, Chunk, tie_gap, write
-from lerobot_vla0.bench.models import SHAPES, random_policy
+from lerobot_vla0.bench.common import SHAPES, random_policy
+from lerobot_vla0.bench.decode import BenchDecodeConfig, bench_decode
+from lerobot_vla0.bench.modes import MODES, Chunk, run_mode, tie_gap
+from lerobot_vla0.bench.workloads import random_frame
 from lerobot_vla0.modeling_vla0 import VLA0Policy
 from lerobot_vla0.processor_vla0 import make_vla0_pre_post_processors
 
@@ -99,12 +100,12 @@ def test_a_checkpoint_of_another_family(family, config, tiny_dataset, tmp_path):
 
 def test_how_close_a_call_a_text_was(config):
     """Texts that part where the model was sure are told from ties."""
-    policy = random_policy(config, "cpu")
-    chunk = Chunk(_scene(np.random.default_rng(0)))
-    said = write(policy, "plain", [chunk], False, None).integers[0]
-    assert tie_gap(policy, chunk, False, said, said) == 0
+    policy = random_policy(TINY, config.seed, device="cpu", dtype="float32")
+    chunk = Chunk(random_frame(np.random.default_rng(0)))
+    said = run_mode(policy, "plain", [chunk]).integers[0]
+    assert tie_gap(policy, chunk, said, said) == 0
     other = [*said[:-1], (said[-1] + 500) % 1001]
-    assert tie_gap(policy, chunk, False, said, other) > 100  # of float32
+    assert tie_gap(policy, chunk, said, other) > 100  # of float32
 
 
 @pytest.mark.parametrize(
