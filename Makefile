@@ -9,7 +9,8 @@ RUN := $(UV) run --locked --all-extras --no-extra qlora
 # A process for each of two cores; PyTorch's threads would only get into each other's way.
 PYTEST := OMP_NUM_THREADS=1 $(RUN) pytest -n 2 --dist loadfile
 DEMO := outputs/demo
-DEMO_EVAL = $(RUN) lerobot-vla0 eval --policy.path=$(DEMO)/train/checkpoints/last/pretrained_model --suites=libero_object \
+DEMO_POLICY := $(DEMO)/train/checkpoints/last/pretrained_model
+DEMO_EVAL = $(RUN) lerobot-vla0 eval --policy.path=$(DEMO_POLICY) --suites=libero_object \
 	--tasks=[2] --episodes=10 --batch_size=2 --image_size=112 --assets=primitive --videos=all
 # LIBERO keeps absolute paths of its package in a config file: one per environment, not one per user.
 export LIBERO_CONFIG_PATH ?= $(CURDIR)/.venv/libero
@@ -27,12 +28,14 @@ demo: setup render
 	$(RUN) lerobot-vla0 curve --log=$(DEMO)/train.log --out=$(DEMO)/loss.png
 	$(DEMO_EVAL) --out=$(DEMO)/eval_seen
 	$(DEMO_EVAL) --out=$(DEMO)/eval_held_out --first_init_state=40
+	$(RUN) lerobot-vla0 strip --policy.path=$(DEMO_POLICY) --out=$(DEMO)/rollout.png
 	@echo
 	@echo "on the initial states it was trained on:"; grep pick $(DEMO)/eval_seen/report.md
 	@echo "on initial states it has never seen:"; grep pick $(DEMO)/eval_held_out/report.md
-	@echo "checkpoint  $(DEMO)/train/checkpoints/last/pretrained_model"
+	@echo "checkpoint  $(DEMO_POLICY)"
 	@echo "loss curve  $(DEMO)/loss.png"
 	@echo "videos      $(DEMO)/eval_seen/videos/ $(DEMO)/eval_held_out/videos/"
+	@echo "a rollout   $(DEMO)/rollout.png"
 
 test: setup render
 	$(RUN) ruff check

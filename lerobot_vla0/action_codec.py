@@ -1,8 +1,7 @@
-"""Normalised actions ↔ integer bins ↔ text. Pure functions of numbers: no tokens, no robots, no LeRobot.
+"""Normalised actions ↔ integer bins ↔ text, without tokens, robots or LeRobot.
 
-VLA-0 (arXiv 2510.13054, section 3) writes an action as an integer `round((a - min) / (max - min) * B)` in
-0..B. LeRobot's normaliser already maps [min, max] to [-1, 1], so all that is left here is the grid on [-1,
-1].
+VLA-0 (arXiv 2510.13054, section 3) writes an action `a` as the integer `round((a - min) / (max - min) * B)`
+in 0..B. LeRobot's normaliser maps [min, max] to [-1, 1]; this module maps [-1, 1] to 0..B.
 """
 
 from collections.abc import Sequence
@@ -22,11 +21,6 @@ class ActionCodec:
         if num_bins < 2:
             raise ValueError(f"num_bins must be at least 2, got {num_bins}.")
         self.num_bins = num_bins
-
-    @property
-    def bin_width(self) -> float:
-        """Distance between two neighbouring integers, in normalised units (the whole range is 2)."""
-        return 2.0 / self.num_bins
 
     def encode(self, actions: Tensor) -> tuple[Tensor, Tensor]:
         """Actions (any shape, normalised to [-1, 1]) → (bins, clipped), both of the same shape.
@@ -60,8 +54,8 @@ class ActionCodec:
         """The inverse of `to_text`: exactly prod(shape) integers in 0..num_bins → int64 tensor of `shape`.
 
         Raises:
-            ValueError: another number of integers, a word that is no integer, or one out of range. A text
-                that breaks the format is refused as a whole; nothing is filled in for what is missing.
+            ValueError: another number of integers, a word that is no integer, or one out of range. Nothing is
+                filled in for what is missing, and nothing is cut off.
         """
         words = text.split()
         expected = torch.Size(shape).numel()

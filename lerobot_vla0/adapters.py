@@ -33,6 +33,15 @@ def import_peft() -> ModuleType:
     return peft
 
 
+def check_trainable(config: VLA0Config) -> None:
+    """Raises ValueError if the weights themselves would be trained and are quantised."""
+    if config.load_in_4bit and not config.use_peft:
+        raise ValueError(
+            "load_in_4bit=True: weights of 4 bits cannot be trained themselves. Train an adapter on them "
+            "(--peft.method_type=LORA), or set load_in_4bit=false."
+        )
+
+
 def default_targets(model: nn.Module) -> dict[str, str]:
     """Layers that get an adapter unless the user chooses: all linear layers of the language model, as in
     QLoRA (arXiv 2305.14314, section 4); none of the vision encoder."""

@@ -1,5 +1,5 @@
-"""A policy that any Gymnasium loop can call: it owns the processors and takes observations as environments
-give them."""
+"""A policy with its processors, for any Gymnasium loop: takes observations as environments return them, and
+returns actions as environments take them."""
 
 from pathlib import Path
 from typing import Any, Self
@@ -18,7 +18,7 @@ class Agent:
     """`act(observation, task) -> action`, for one environment or a vector of them.
 
     Args:
-        policy, preprocess, postprocess: as LeRobot's factories make them.
+        policy, preprocess, postprocess: from LeRobot's factories.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Agent:
         """Loads policy and processors from a checkpoint folder or Hub repo.
 
         Args:
-            device: "cuda", "cpu", ...; None takes the checkpoint's, or what is there.
+            device: "cuda", "cpu", ...; None takes the checkpoint's, or the best one where that is missing.
             overrides: fields of `VLA0Config` to change, for example n_action_steps=4.
         """
         if device is not None:
@@ -57,11 +57,8 @@ class Agent:
         return cls(policy, *processors)
 
     def reset(self, rows: list[int] | None = None) -> None:
-        """Forgets queued actions. Call at the start of every episode.
-
-        Args:
-            rows: of a vector of environments, those whose episodes begin; None for all.
-        """
+        """Forgets queued actions; call at the start of every episode. `rows`: of a vector of environments,
+        those whose episodes begin; None for all."""
         self.policy.reset(rows)
 
     @torch.inference_mode()
@@ -78,24 +75,26 @@ class Agent:
             ValueError: images that are not uint8 (H, W, 3), or a number of tasks that does not fit.
         """
         pixels = observation.get("pixels", {})
-        images = dict(pixels) if isinstance(pixels, dict) else {"": pixels}
-        images |= {key: value for key, value in observation.items() if key.startswith("observation.image")}
+        if isinstance(pixels, dict):
+            images = {f"observation.images.{name}": image for name, image in pixels.items()}
+        else:
+            images = {"observation.image": pixels}
+        named = {key: value for key, value in observation.items() if key.startswith("observation.")}
+        images |= {key: value for key, value in named.items() if key.startswith("observation.image")}
         for key, image in images.items():
             if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.shape[-1] != 3:
                 raise ValueError(
-                    f"image {key!r} must be a uint8 array (H, W, 3) or (B, H, W, 3), got "
-                    f"{getattr(image, 'dtype', type(image).__name__)} {getattr(image, 'shape', '')}."
+                    f"image {key.removeprefix('observation.images.')!r} must be a uint8 array (H, W, 3) or "
+                    f"(B, H, W, 3), got {getattr(image, 'dtype', type(image).__name__)} "
+                    f"{getattr(image, 'shape', '')}."
                 )
+        # Gymnasium's other keys under LeRobot's names, and everything with a batch axis.
+        batch = preprocess_observation({k: v for k, v in observation.items() if k not in (*named, "pixels")})
+        for key in named.keys() - images.keys():
+            batch[key] = torch.from_numpy(np.atleast_2d(named[key])).float()
         batched = any(image.ndim == 4 for image in images.values())
-        batch = preprocess_observation(
-            {k: v for k, v in observation.items() if not k.startswith("observation.")}
-        )
-        for key, value in observation.items():
-            if key.startswith("observation.image"):
-                named = preprocess_observation({"pixels": {"x": value}})
-                batch[key] = named["observation.images.x"]
-            elif key.startswith("observation."):
-                batch[key] = torch.from_numpy(np.atleast_2d(value)).float()
+        for key, image in images.items():  # → float (B, 3, H, W) in [0, 1]
+            batch[key] = preprocess_observation({"pixels": image})["observation.image"]
         rows = len(next(iter(images.values()))) if batched else 1
         batch["task"] = [task] * rows if isinstance(task, str) else list(task)
         actions = self.postprocess(self.policy.select_action(self.preprocess(batch))).numpy()

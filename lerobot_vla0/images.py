@@ -1,5 +1,4 @@
-"""Camera images → what the VLM looks at: crop, resize, colour jitter, tile. Batched, on the images' own
-device.
+"""Camera images → pictures for the VLM: crop, resize, colour jitter, tile. Batched, on the images' device.
 
 Follows the published recipe (arXiv 2510.13054, section 4.1, and its training code's settings): crop to 0.875,
 resize to 224×224, jitter in training only, cameras side by side. At 256×256 input the crop is exactly 224, so
@@ -24,7 +23,7 @@ def crop(images: Tensor, ratio: float, generator: torch.Generator | None = None)
     n = len(images)
     tops = torch.randint(0, height - h + 1, (n,), generator=generator).tolist()
     lefts = torch.randint(0, width - w + 1, (n,), generator=generator).tolist()
-    # One copy, with W innermost: what follows runs over it many times.
+    # `stack` copies once into contiguous memory, which makes the many passes of resize and jitter faster.
     return torch.stack(
         [image[:, i : i + h, j : j + w] for image, i, j in zip(images, tops, lefts, strict=True)]
     )
@@ -40,8 +39,9 @@ def color_jitter(
 ) -> Tensor:
     """torchvision's ColorJitter with factors drawn per image (B, 3, H, W), in one pass over the batch.
 
-    torchvision draws one set of factors a call; looping over images would make the loop the slowest part of a
-    training step. The order of the four operations is drawn once per batch.
+    torchvision draws one set of factors per call, and a loop over the images would take most of the time of a
+    training step. Factors are drawn from 1 - strength to 1 + strength, the shift of the hue from -hue to hue
+    in full circles; the order of the four operations is drawn once per batch.
     """
     n = len(images)
 
@@ -72,10 +72,10 @@ def _blend(images: Tensor, other: Tensor, factor: Tensor) -> Tensor:
 
 
 def _shift_hue(images: Tensor, shift: Tensor) -> Tensor:
-    """Turns the hue by `shift` (B, 1, 1, 1) of a full circle.
+    """Shifts the hue by `shift` (B, 1, 1, 1), in full circles.
 
-    The piecewise linear form of HSV → RGB (https://en.wikipedia.org/wiki/HSL_and_HSV#HSV_to_RGB), in place:
-    on a CPU this is half of a picture's preparation.
+    HSV → RGB in its piecewise linear form (https://en.wikipedia.org/wiki/HSL_and_HSV#HSV_to_RGB), computed in
+    place: on a CPU it takes half of the time in which a picture is prepared.
     """
     r, g, b = images.unbind(-3)
     value, low = images.amax(-3), images.amin(-3)
@@ -104,7 +104,7 @@ def prepare_images(
     jitter: tuple[float, float, float, float] | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """One batch of every camera → the batch of pictures that go into the chat.
+    """A batch of images per camera → a batch of pictures for the chat.
 
     Args:
         cameras: one float tensor (B, 3, H, W) in [0, 1] per camera, in prompt order; sizes may differ.
@@ -112,7 +112,7 @@ def prepare_images(
         crop_ratio: share of height and width that is kept, in (0, 1].
         tile: True puts all cameras side by side in one picture, False keeps one picture per camera.
         antialias: as in torchvision's resize.
-        jitter: (brightness, contrast, saturation, hue) strengths, used only with a generator.
+        jitter: strengths for `color_jitter` (brightness, contrast, saturation, hue); used with a generator.
         generator: CPU generator for crops and jitter; None for evaluation (centre crop, no jitter).
 
     Returns:

@@ -1,9 +1,9 @@
-"""Cross-entropy behind a language model's head without the (positions × vocabulary) logits.
+"""The loss of answers: cross-entropy without the (positions × vocabulary) logits, and the error of predicted
+integers.
 
-At Qwen2.5-VL's 151,936 tokens, the logits in float32, their log-softmax and their gradient can take most of a
-training step's memory. Here they exist for a few positions at a time, and once more in the backward pass.
-Liger's fused linear cross-entropy (arXiv 2410.10989) has the idea; this is plain PyTorch, on any device.
-Besides, the error of predicted integers.
+With Qwen2.5-VL's 151,936 tokens, the logits in float32, their log-softmax and their gradient can take most of
+a training step's memory. Here they exist for a few positions at a time, and are computed again in the
+backward pass, as in Liger's fused linear cross-entropy (arXiv 2410.10989); in plain PyTorch, on any device.
 """
 
 from typing import Any
@@ -14,25 +14,25 @@ from torch.autograd.function import once_differentiable
 
 from .prompt import IGNORE
 
-# Positions whose logits exist at once: 155 MB of float32 at 151,936 tokens, and a matrix product that is
-# large enough to be efficient.
+# Positions whose logits exist at the same time: 155 MB of float32 with 151,936 tokens. Large enough for an
+# efficient matrix product.
 CHUNK = 256
 
 
 def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, choices: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Cross-entropy of `hidden @ weight.T` in float32, as `torch.nn.functional.cross_entropy` has it.
+    """Cross-entropy of the logits `hidden @ weight.T` in float32, as `torch.nn.functional.cross_entropy`.
 
     Args:
         hidden: (N, width), of supervised positions only.
         weight: (vocabulary, width), the head.
         targets: (N,) token ids.
-        choices: (C,) token ids among which the most likely one is asked for, too.
+        choices: (C,) token ids, of which the most likely one is returned, too.
 
     Returns:
-        losses (N,) float32; predicted (N,), the most likely token; chosen (N,), the most likely of `choices`
-        as an index into them. The last two carry no gradient.
+        losses (N,) float32; predicted (N,), the most likely token; chosen (N,), the index in `choices` of the
+        most likely of them. The last two carry no gradient.
     """
     return _LinearCrossEntropy.apply(hidden.to(weight.dtype), weight, targets, choices)
 
@@ -59,7 +59,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         hidden, weight, targets, totals = ctx.saved_tensors
-        # With adapters or a frozen head only one of the two is needed.
+        # With adapters or a frozen head, only one of the two is needed.
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         for i in range(0, len(hidden), CHUNK):

@@ -87,11 +87,7 @@ class VLA0Policy(PreTrainedPolicy):
 
     def get_optim_params(self) -> list[nn.Parameter]:
         self.decoder.require_weights()
-        if self.config.load_in_4bit and not self.config.use_peft:
-            raise ValueError(
-                "load_in_4bit=True: weights of 4 bits cannot be trained themselves. Train an adapter on them "
-                "(--peft.method_type=LORA), or set load_in_4bit=false."
-            )
+        adapters.check_trainable(self.config)
         return [p for p in self.parameters() if p.requires_grad]
 
     def wrap_with_peft(
@@ -111,8 +107,7 @@ class VLA0Policy(PreTrainedPolicy):
         return adapters.default_targets(self.model)
 
     def _validate_peft_config(self, peft_config: Any) -> None:
-        """LeRobot refuses to train adapters on a fresh policy, which for other policies has random weights;
-        this one is a pretrained VLM."""
+        """Allows what LeRobot refuses, adapters on a fresh policy: this one is a pretrained VLM."""
 
     def forward(self, batch: dict[str, Any], reduction: str = "mean") -> tuple[Tensor, dict[str, Any]]:
         """Cross-entropy of the answer's tokens. Augmented if and only if the policy is in training mode.
@@ -229,17 +224,12 @@ class VLA0Policy(PreTrainedPolicy):
             backbone.save_vlm(self.model, self.vlm_processor, Path(save_directory) / VLM_FOLDER)
 
     def generate_model_card(
-        self, *args: Any, cfg: Any = None, dataset_meta: Any = None, **kwargs: Any
+        self, dataset_repo_id: str, *args: Any, cfg: Any = None, dataset_meta: Any = None, **kwargs: Any
     ) -> ModelCard:
-        """README.md of a push, see convert/card.py. Called by LeRobot 0.6.1 only."""
-        from .convert.card import make_card, training_of  # nothing but a push needs it
+        """README.md of a push, see convert/card.py. LeRobot 0.6.2 gives neither `cfg` nor `dataset_meta`."""
+        from .convert.card import push_card  # nothing but a push needs it
 
-        action_range, dataset = None, None
-        if dataset_meta is not None:
-            names = STATISTICS[self.config.normalization_mapping["ACTION"]]
-            action_range = {name: dataset_meta.stats["action"][name] for name in names}
-            dataset = {"episodes": dataset_meta.total_episodes, "frames": dataset_meta.total_frames}
-        return make_card(self.config, training_of(cfg), action_range, dataset=dataset)
+        return push_card(self.config, dataset_repo_id, cfg, dataset_meta)
 
     @classmethod
     def from_pretrained(
@@ -257,7 +247,7 @@ class VLA0Policy(PreTrainedPolicy):
 
         Args:
             config: overrides the checkpoint's own.
-            kwargs: force_download, cache_dir, local_files_only, token of the Hub; or arguments of the class.
+            kwargs: force_download, cache_dir, local_files_only, token of the Hub; arguments of the class.
 
         Raises:
             FileNotFoundError: a file of the checkpoint is missing.

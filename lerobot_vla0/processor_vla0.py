@@ -1,10 +1,11 @@
-"""LeRobot processors of VLA-0: numbers only. Text and images belong to the policy, which knows whether it
-trains.
+"""LeRobot processors of VLA-0. They handle numbers only; text and images are made by the policy, because a
+processor is not told whether it runs in training, where images are augmented.
 
-    in:  rename → batch → device → normalise (LeRobot's; by task: ours) → actions to integers
-    out: integers to actions → un-normalise → CPU (LeRobot's)
+    preprocessor:  rename → add batch axis → device → normalise → actions to integers
+    postprocessor: integers to actions → un-normalise → CPU
 
-Everything needed is in the saved state, and LeRobot's scripts can override their steps by name.
+All but the conversions to and from integers are LeRobot's steps, under the names by which its scripts
+override them (with `action_norm="task"`, a subclass of its normaliser). The saved state is all they need.
 """
 
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from lerobot.processor import (
 from .action_codec import ActionCodec
 from .configuration_vla0 import VLA0Config
 
-# Share of each sample's action values outside the statistics; `VLA0Policy.forward` logs its mean.
+# In a batch: (B,), share of each row's action values outside the range of the statistics. Its mean is logged.
 ACTION_CLIPPED = "action_clipped"
 
 Features = dict[PipelineFeatureType, dict[str, PolicyFeature]]
@@ -33,8 +34,8 @@ Features = dict[PipelineFeatureType, dict[str, PolicyFeature]]
 @dataclass
 @ProcessorStepRegistry.register(name="vla0_action_encoder_processor")
 class VLA0ActionEncoderStep(ProcessorStep):
-    """Normalised actions (B, H, D) in [-1, 1] → int64 bins 0..num_bins. No action (as in evaluation), no
-    effect."""
+    """Normalised actions (B, H, D) in [-1, 1] → int64 bins 0..num_bins, and ACTION_CLIPPED. Leaves a batch
+    without actions, as in evaluation, as it is."""
 
     num_bins: int = 1000
 

@@ -1,8 +1,8 @@
-"""Statistics by which actions are normalised: which are needed, and for `action_norm="task"` those of each
+"""Statistics by which actions are normalised: which are needed, and, for `action_norm="task"`, those of each
 instruction.
 
-These travel as LeRobot's own statistics do, as entries `action.task.<instruction>` beside `action` in
-`meta.stats`: resuming keeps the checkpoint's, fine-tuning on another data set takes that one's.
+The latter are entries `action.task.<instruction>` beside `action` in a data set's `meta.stats`, which LeRobot
+treats as its own: resuming keeps the checkpoint's, fine-tuning on another data set takes that one's.
 """
 
 import logging
@@ -12,18 +12,17 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-from lerobot.configs import FeatureType, NormalizationMode
+from lerobot.configs import FeatureType, NormalizationMode, PreTrainedConfig
 from lerobot.lerobot_types import EnvTransition, TransitionKey
 from lerobot.processor import NormalizerProcessorStep
 from lerobot.utils.constants import ACTION
 from torch import Tensor
 
-from .configuration_vla0 import VLA0Config
-
 PREFIX = f"{ACTION}.task."
-# In a batch: (B, 2, D), the actions that each row's lowest and highest integer mean, in [-1, 1] of the data
-# set's range.
+# In a batch: (B, 2, D), the actions that the integers 0 and num_bins mean for each row's task, normalised by
+# the data set's statistics (where those would be -1 and 1).
 TASK_RANGE = "action_range"
+# The two statistics that become -1 and 1, by normalisation mode.
 STATISTICS = {
     NormalizationMode.MIN_MAX: ("min", "max"),
     NormalizationMode.QUANTILES: ("q01", "q99"),
@@ -32,9 +31,11 @@ STATISTICS = {
 QUANTILES = {"min": 0.0, "max": 1.0, "q01": 0.01, "q99": 0.99, "q10": 0.1, "q90": 0.9}
 
 
-def check_action_statistics(config: VLA0Config, stats: dict[str, dict[str, Any]] | None, where: str) -> None:
-    """Raises ValueError if `stats` cannot un-normalise actions: a robot must never get un-normalised
-    commands."""
+def check_action_statistics(
+    config: PreTrainedConfig, stats: dict[str, dict[str, Any]] | None, where: str
+) -> None:
+    """Raises ValueError if the statistics that un-normalise actions are missing: without them, a robot would
+    get numbers in [-1, 1] as commands."""
     needed = STATISTICS[config.normalization_mapping["ACTION"]]
     found = sorted((stats or {}).get(ACTION, {}))
     missing = [name for name in needed if name not in found]
@@ -50,7 +51,7 @@ def check_action_statistics(config: VLA0Config, stats: dict[str, dict[str, Any]]
 def add_task_statistics(meta: Any, names: tuple[str, str], num_bins: int) -> None:
     """Adds the statistics of each task to `meta.stats`, in one pass over the actions of the frames on disk.
 
-    Logs how many of the integers 0..num_bins a task's actions would span without.
+    Logs how many of the integers 0..num_bins the actions of a task would span without them.
 
     Args:
         meta: a data set's `LeRobotDatasetMetadata`.
@@ -71,7 +72,7 @@ def add_task_statistics(meta: Any, names: tuple[str, str], num_bins: int) -> Non
     actions = actions.reshape(len(indices), -1)
     for task, index in meta.tasks["task_index"].items():
         own = actions[indices == index]
-        if len(own):  # of a selection of episodes, not every task is on disk
+        if len(own):  # where only some episodes were downloaded, a task may have no frames
             meta.stats[PREFIX + task] = {
                 name: np.quantile(own, QUANTILES[name], axis=0).astype(np.float32) for name in names
             }
@@ -93,7 +94,7 @@ def spanned_bins(stats: dict[str, dict[str, Any]], names: tuple[str, str], num_b
 
 
 def check_task_statistics(stats: dict[str, Any]) -> None:
-    """Raises ValueError if statistics have none of tasks."""
+    """Raises ValueError if there are no statistics of tasks among `stats`."""
     if not any(key.startswith(PREFIX) for key in stats):
         raise ValueError(
             "action_norm='task' needs the statistics of each task in dataset_stats. They are added to "
@@ -102,16 +103,16 @@ def check_task_statistics(stats: dict[str, Any]) -> None:
         )
 
 
-# LeRobot's scripts hand new statistics to the step that they call "normalizer_processor". A step outside of
-# LeRobot's registry is called by its class's name, so this is the name that makes them reach it.
+# LeRobot's scripts give new statistics to the step named "normalizer_processor". A step that is not in
+# LeRobot's registry is found by the name of its class, hence this name.
 @dataclass
 class normalizer_processor(NormalizerProcessorStep):  # noqa: N801
-    """LeRobot's normaliser, but actions are normalised by the statistics of their row's instruction.
+    """LeRobot's normaliser, except that actions are normalised by the statistics of their row's instruction.
+    An instruction without statistics takes those of the data set, with one warning.
 
-    Adds TASK_RANGE to the batch, by which the policy turns the integers that it writes back into integers of
-    the data set's range: rows of a batch may have different instructions, and actions may be executed long
-    after they were written, so a postprocessor, which sees actions only, could not. An instruction without
-    statistics takes those of the data set, with one warning.
+    Adds TASK_RANGE to the batch. With it the policy maps the integers that it writes to the data set's range.
+    The postprocessor could not: it gets actions only, whose instructions may differ from row to row and may
+    have changed since they were predicted.
     """
 
     _registry_name = None

@@ -17,7 +17,7 @@ def test_round_trip_within_half_a_bin(actions, num_bins):
     bins, clipped = codec.encode(torch.from_numpy(actions))
     assert not clipped.any() and bins.min() >= 0 and bins.max() <= num_bins
     error = (codec.decode(bins) - torch.from_numpy(actions)).abs().max().item()
-    assert error <= codec.bin_width / 2 + 1e-6
+    assert error <= 1 / codec.num_bins + 1e-6
 
 
 def test_is_the_papers_formula():

@@ -1,6 +1,8 @@
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 import yaml
 from conftest import make_config, make_stats
@@ -21,6 +23,13 @@ TRAINING = {
 }
 
 
+# What a card reads of a LeRobotDatasetMetadata.
+DATASET_META = SimpleNamespace(
+    repo_id="lerobot/libero", total_episodes=1693, total_frames=273465, fps=10, robot_type="panda",
+    tasks=pd.DataFrame({"task_index": [0]}, index=["open the drawer"]),
+)  # fmt: skip
+
+
 def metadata(card: object) -> dict:
     return yaml.safe_load(str(card).split("---")[1])
 
@@ -28,7 +37,7 @@ def metadata(card: object) -> dict:
 def test_card_of_the_published_recipe():
     config = make_config("Qwen/Qwen2.5-VL-3B-Instruct", image_size=224, repo_id="me/vla0", tags=["mine"])
     action_range = {"min": [-0.93751] * 7, "max": [0.9375] * 7}
-    card = make_card(config, TRAINING, action_range, dataset={"episodes": 1693, "frames": 273465})
+    card = make_card(config, TRAINING, action_range, dataset_meta=DATASET_META)
     assert metadata(card) == {
         "library_name": "lerobot",
         "pipeline_tag": "robotics",
@@ -41,13 +50,17 @@ def test_card_of_the_published_recipe():
         "tags": ["lerobot", "mine", "robotics", "vision-language-action", "vla0"],
     }
     for words in [
-        "# vla0\n",
+        "# Model Card for vla0\n",
         "the next 8 actions as 56 integers from 0 to 1000",
         'Agent.from_pretrained("me/vla0")',
         "--policy.path=me/vla0",
         "`observation.images.image`, `observation.images.image2`",
-        "[lerobot/libero](https://huggingface.co/lerobot/libero), 1693 episodes, 273,465 frames",
-        "80,000 steps, batch 8 per process, adamw, learning rate 4e-05",
+        "[lerobot/libero](https://huggingface.co/datasets/lerobot/libero)",
+        "- **Episodes:** 1693\n- **Frames:** 273465\n- **Frame rate:** 10 FPS",
+        '- **Task(s):** "open the drawer"',
+        "| Training steps | 80000 |\n| Batch size | 8 |\n| Optimizer | adamw |\n| Learning rate | 4e-05 |",
+        "| base model | [Qwen/Qwen2.5-VL-3B-Instruct](https://huggingface.co/Qwen/Qwen2.5-VL-3B-Instruct), ",
+        "lerobot-train \\\n  --dataset.repo_id=${HF_USER}/<dataset> \\\n  --policy.type=vla0 ",
         "crop 0.875 (random in training), 224×224 pixels, side by side",
         "up to 0.4 of the characters",
         "minimum and maximum of the data set's actions → 0..1000",
@@ -67,11 +80,11 @@ def test_card_of_the_published_recipe():
     ],
 )
 def test_licence_is_the_base_models(vlm, licence):
-    card = make_card(make_config(vlm), {})
+    card = make_card(make_config(vlm), {}, {})
     assert metadata(card).get("license") == licence
     if licence is None:
         assert "is under the licence that it names" in str(card)
-    card = make_card(make_config(vlm, license="mit"), {})
+    card = make_card(make_config(vlm, license="mit"), {}, {})
     assert metadata(card)["license"] == "mit" and "These weights: mit." in str(card)
 
 
@@ -80,14 +93,16 @@ def test_nothing_of_this_machine(tmp_path):
     config = make_config(tmp_path / "vlm", pretrained_path=tmp_path / "run/last", use_peft=True)
     (tmp_path / "vlm").mkdir()
     card = make_card(
-        config, {**TRAINING, "dataset": {"repo_id": "local/milk"}, "peft": {"method_type": "LORA", "r": 8}}
+        config,
+        {**TRAINING, "dataset": {"repo_id": "local/milk"}, "peft": {"method_type": "LORA", "r": 8}},
+        {},
     )
     assert str(tmp_path) not in str(card) and "`vlm` (not on the Hub)" in str(card)
     assert "base_model" not in metadata(card) and "datasets" not in metadata(card)
     assert "| adapter | LORA, rank 8 |" in str(card) and "lerobot_policy_vla0[peft]" in str(card)
     config = make_config(tmp_path / "vlm", pretrained_path=Path("me/base"), use_peft=True)
-    assert metadata(make_card(config, {}))["base_model_relation"] == "adapter"
-    assert metadata(make_card(config, {}))["base_model"] == "me/base"
+    assert metadata(make_card(config, {}, {}))["base_model_relation"] == "adapter"
+    assert metadata(make_card(config, {}, {}))["base_model"] == "me/base"
 
 
 @pytest.fixture
@@ -124,7 +139,7 @@ def test_command_writes_then_renews_the_evaluation(checkpoint, tmp_path):
     main(["card", f"--policy.path={checkpoint}"])
     text = (checkpoint / "README.md").read_text()
     assert ModelCard(text).data.library_name == "lerobot"
-    assert "None yet." in text and "80,000 steps" in text and "| action max | [3.0, 3.0" in text
+    assert "None yet." in text and "| Training steps | 80000 |" in text and "| action max | [3.0, 3.0" in text
 
     (checkpoint / "README.md").write_text(text + "\nMy own words.\n")
     results = write_results(tmp_path / "stand_ins", stand_ins=True)

@@ -3,10 +3,10 @@ import re
 
 import pytest
 import torch
-from conftest import make_config, make_stats, observation, randomise
+from conftest import make_batch, make_config, make_stats, observation, randomise
 from safetensors.torch import load_file
 from tiny_families import PICTURES, make_tiny
-from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
+from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig, PreTrainedModel
 
 from lerobot_vla0.cli import main
 from lerobot_vla0.convert import export as export_module
@@ -47,10 +47,9 @@ def test_transformers_alone_writes_the_same_actions(learnt, exported):
     folder, batch = learnt
     policy = VLA0Policy.from_pretrained(folder)
     expected = policy.predict_action_chunk(observation(batch))
-    ours = policy.examples.acting_inputs(observation(batch, slice(1)))
-    inputs, text, spec = ask(
-        exported, policy.examples.pictures(observation(batch, slice(1)), None)[0], batch["task"][0]
-    )
+    first = policy.examples.check(observation(batch, slice(1)))
+    ours = policy.examples.acting_inputs(first)
+    inputs, text, spec = ask(exported, policy.examples.pictures(first, None)[0], batch["task"][0])
     assert torch.equal(inputs["input_ids"], ours["input_ids"])
     assert torch.equal(inputs["pixel_values"], ours["pixel_values"])
     assert [int(v) for v in text.split()] == expected[0].flatten().tolist()
@@ -77,7 +76,7 @@ def test_generation_is_neutral_and_weights_are_plain(learnt, exported):
     generation = GenerationConfig.from_pretrained(exported)
     assert not generation.do_sample and generation.repetition_penalty in (None, 1.0)
     policy = VLA0Policy.from_pretrained(learnt[0])
-    assert generation.eos_token_id == policy.chat.end_id
+    assert generation.eos_token_id == policy.examples.chat.end_id
     stored = load_file(exported / "model.safetensors")
     assert set(stored) == set(dict(policy.model.named_parameters())) - {"lm_head.weight"}
     assert (exported / "preprocessor_config.json").is_file() and (exported / "chat_template.jinja").is_file()
@@ -100,21 +99,20 @@ def test_other_families_show_the_same_prompt_and_pixels(family, tmp_path):
     folder = tmp_path / "checkpoint"
     for part in (policy, *make_vla0_pre_post_processors(policy.config, make_stats())):
         part.save_pretrained(folder)
-    from conftest import make_batch
-
     batch = observation(make_batch(1, 96, chunk_size=2))
-    pictures = policy.examples.pictures(batch, None)[0]
+    checked = policy.examples.check(batch)
+    pictures = policy.examples.pictures(checked, None)[0]
     inputs, _, _ = ask(run_export(folder, tmp_path / "out"), pictures, batch["task"][0])
-    ours = policy.examples.acting_inputs(batch)
+    ours = policy.examples.acting_inputs(checked)
     assert torch.equal(inputs["input_ids"], ours["input_ids"])
     assert torch.allclose(inputs["pixel_values"], ours["pixel_values"], rtol=0, atol=1e-6)
 
 
 def test_interrupted_export_leaves_nothing(learnt, tmp_path, monkeypatch):
-    def full(*args):
+    def full(*args, **kwargs):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(export_module, "_copy_weights", full)
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
     with pytest.raises(OSError, match="No space left"):
         run_export(learnt[0], tmp_path / "out")
     assert not list(tmp_path.iterdir())

@@ -195,7 +195,7 @@ def test_same_tokens_pixels_and_actions(form, model_folder, add_vision_id, reque
     theirs = reference_inputs(
         tmp_path / "theirs", tiled_picture(cameras, antialias=form == "trl"), add_vision_id
     )
-    ours = policy.examples.acting_inputs(batch)
+    ours = policy.examples.acting_inputs(policy.examples.check(batch))
     assert torch.equal(ours["input_ids"], theirs["input_ids"])
     assert torch.equal(ours["image_grid_thw"], theirs["image_grid_thw"])
     torch.testing.assert_close(ours["pixel_values"], theirs["pixel_values"], rtol=0, atol=1e-6)
@@ -212,7 +212,7 @@ def test_resized_pixels(form, request, tmp_path):
     resize would differ by far more."""
     policy = run_import(request.getfixturevalue(form), tmp_path / "ours")
     cameras, batch = observe(size=360)
-    ours = policy.examples.pictures(batch, None)[0, 0].permute(1, 2, 0).int()
+    ours = policy.examples.pictures(policy.examples.check(batch), None)[0, 0].permute(1, 2, 0).int()
     difference = {
         antialias: (ours - torch.from_numpy(np.asarray(tiled_picture(cameras, antialias)).astype(int)))
         .abs()
@@ -246,7 +246,7 @@ def test_golden_tokens(qwen_processor, golden, tmp_path):
     policy = run_import(run, tmp_path / "ours")
     assert policy.model.dtype == torch.bfloat16
     bins = torch.tensor([int(word) for word in golden["action_text"].split()]).reshape(1, 8, 7)
-    batch = policy.chat.training_batch([golden["instruction"]], bins)
+    batch = policy.examples.chat.training_batch([golden["instruction"]], bins)
     assert batch["input_ids"][0].tolist() == golden["input_ids"]
     state = load_file(next((tmp_path / "ours").glob("policy_postprocessor_*.safetensors")))
     np.testing.assert_allclose(state["action.min"], statistics["out_ori_act"]["min"])
@@ -305,7 +305,7 @@ def test_shards_old_names_and_a_copy_of_the_tied_head(trl, tmp_path):
     shards = {"model-1.safetensors": keys[::2], "model-2.safetensors": keys[1::2]}
     for file, own in shards.items():
         save_file({k: renamed[k] for k in own}, final / file, {"format": "pt"})
-    index = {"weight_map": {k: file for file, own in shards.items() for k in own}}
+    index = {"metadata": {}, "weight_map": {k: file for file, own in shards.items() for k in own}}
     (final / "model.safetensors.index.json").write_text(json.dumps(index))
     image_processor = {  # of Transformers 4
         "image_processor_type": "Qwen2VLImageProcessor", "min_pixels": 100352, "max_pixels": 100352,
@@ -319,6 +319,24 @@ def test_shards_old_names_and_a_copy_of_the_tied_head(trl, tmp_path):
     (final / "model-2.safetensors").unlink()
     with pytest.raises(SystemExit, match="model-2.safetensors is missing"):
         run_import(trl, tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("stored", "expected"), [([torch.bfloat16], "bfloat16"), ([torch.bfloat16, torch.float32], "float32")]
+)
+def test_type_of_the_weights_is_the_files(stored, expected, trl, tmp_path):
+    """Not the one that config.json names; float32 if there are several."""
+    assert json.loads((trl / "final/config.json").read_text())["dtype"] == "float32"
+    weights = load_file(trl / "final/model.safetensors")
+    weights = {key: value.to(stored[i % len(stored)]) for i, (key, value) in enumerate(weights.items())}
+    save_file(weights, trl / "final/model.safetensors", {"format": "pt"})
+    policy = run_import(trl, tmp_path / "ours")
+    assert policy.config.dtype == expected
+    assert {str(p.dtype) for p in policy.parameters()} == {f"torch.{expected}"}
+    sums = [
+        sum(value.double().sum() for value in values) for values in (weights.values(), policy.parameters())
+    ]
+    torch.testing.assert_close(*sums)
 
 
 # ------------------------------------------------------------------------------------------------- bad input
@@ -390,6 +408,12 @@ def damage_weights(run: Path, change) -> None:
         (
             lambda run: damage_weights(run, lambda w: w.update({"action_head.weight": torch.ones(3)})),
             "action_head.weight is unknown",
+        ),
+        (
+            lambda run: damage_weights(
+                run, lambda w: w.update({"lm_head.weight": w["model.embed_tokens.weight"] + 1})
+            ),
+            "lm_head.weight differs from the embeddings",
         ),
         (
             lambda run: damage_weights(run, lambda w: w.update({"model.norm.weight": torch.ones(64).byte()})),

@@ -257,7 +257,7 @@ def test_template_that_thinks_first(folders):
     processor.chat_template = processor.chat_template.replace(opening, opening + "<think>\n")
     settings = {"horizon": 1, "dim": 2, "num_bins": 10, "num_pictures": 1, "picture_size": (64, 64)}
     with pytest.raises(ValueError, match="think first is not supported"):
-        ChatFormatter(processor, **settings, add_vision_id=False)
+        ChatFormatter(processor, **settings, picture_mark="", picture_text="", add_vision_id=False)
 
 
 def test_softcapped_logits_are_refused(tmp_path):

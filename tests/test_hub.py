@@ -85,8 +85,10 @@ def test_train_push_load(tiny_vlm, tiny_dataset, process_env, shared_hub, tmp_pa
     files = shared_hub.files("me/policy")
     assert files.keys() >= CHECKPOINT
     card = files["README.md"].decode()
-    assert 'Agent.from_pretrained("me/policy")' in card and "1 steps, batch 2" in card
-    assert "4 episodes, 24 frames" in card and str(tiny_vlm) not in card
+    assert (
+        'Agent.from_pretrained("me/policy")' in card and "| Training steps | 1 |\n| Batch size | 2 |" in card
+    )
+    assert "- **Episodes:** 4\n- **Frames:** 24\n" in card and str(tiny_vlm) not in card
 
     loads = [("stranger", "me/policy", None), ("main", "me/policy", None)]
     printed, found = load(shared_hub, tmp_path / "owner", loads, process_env, HF_TOKEN=TOKEN)

@@ -14,7 +14,7 @@ from lerobot.policies.factory import make_pre_post_processors
 
 from lerobot_vla0.modeling_vla0 import VLA0Policy
 from lerobot_vla0.processor_vla0 import ACTION_CLIPPED, make_vla0_pre_post_processors
-from lerobot_vla0.task_stats import PREFIX, TASK_RANGE, spanned_bins
+from lerobot_vla0.task_stats import PREFIX, TASK_RANGE, spanned_bins, to_data_set_bins
 
 DIM = 7
 
@@ -82,13 +82,20 @@ def test_decoding_inverts_encoding_by_the_rows_own_task(policy, config, meta, mo
     shown = pre(dict(batch))
     assert (shown[ACTION_CLIPPED] == 0).all() and shown[TASK_RANGE].shape == (3, 2, DIM)
     seen = pre(observation(batch))  # as in evaluation, without actions
-    to_actions = policy._bins_of_data_set(seen)
     errors = []
     for step in range(8):
-        actions = post(to_actions(shown["action"][:, step].float()))
+        actions = post(to_data_set_bins(shown["action"][:, step].float(), seen[TASK_RANGE], 1000))
         errors.append((actions - batch["action"][:, step]).abs())
     widths = torch.stack([torch.from_numpy(np.ptp(meta.actions[meta.index == i], 0)) for i in range(3)])
     assert (torch.stack(errors).amax(0) <= widths / 1000 / 2 + 1e-5).all()
+
+
+def test_integers_of_a_task_are_bins_of_the_data_set():
+    """The first row's task spans a quarter to a half of the data set's range, the second's all of it."""
+    integers = torch.tensor([[0, 50, 100], [0, 50, 100]])
+    ranges = torch.tensor([[-0.5, 0.0], [-1.0, 1.0]])[..., None].expand(2, 2, 3)
+    assert to_data_set_bins(integers, ranges, 100).tolist() == [[25.0, 37.5, 50.0], [0.0, 50.0, 100.0]]
+    assert to_data_set_bins(integers, None, 100) is integers
 
 
 def test_the_policys_paths_agree(policy, config, meta):
@@ -129,7 +136,7 @@ def test_unknown_instruction_takes_the_data_sets_range_with_one_warning(policy, 
     assert torch.equal(first["action"][::2], expected[::2])
     assert not torch.equal(first["action"][1], expected[1])
     integers = torch.arange(1001.0)[:, None, None].expand(-1, 3, 7)
-    assert torch.equal(policy._bins_of_data_set(first)(integers)[:, ::2], integers[:, ::2])
+    assert torch.equal(to_data_set_bins(integers, first[TASK_RANGE], 1000)[:, ::2], integers[:, ::2])
 
 
 def test_save_load_and_another_data_set(policy, config, meta, tmp_path):
@@ -169,7 +176,8 @@ def test_save_load_and_another_data_set(policy, config, meta, tmp_path):
     batch = {**batch_of(new, 2), "task": ["juggle", "dance"]}
     out = pre(dict(batch))
     assert out["action"].amin() == 0 and (out[ACTION_CLIPPED] == 0).all()
-    actions = post(torch.stack([policy._bins_of_data_set(out)(out["action"][:, i]) for i in range(8)], 1))
+    bins = [to_data_set_bins(out["action"][:, i], out[TASK_RANGE], 1000) for i in range(8)]
+    actions = post(torch.stack(bins, 1))
     torch.testing.assert_close(actions, batch["action"], rtol=0, atol=2e-3)
 
 

@@ -1,20 +1,27 @@
-"""The model card, README.md of a checkpoint: written by every push, and by `lerobot-vla0 card`."""
+"""The model card, README.md of a checkpoint: LeRobot's, with what LeRobot cannot know of this policy. Every
+push writes it, and so does `lerobot-vla0 card`."""
 
 import json
+import logging
 import re
 from collections import defaultdict
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import draccus
+import lerobot
 from huggingface_hub import ModelCard, ModelCardData
 from lerobot.configs import NormalizationMode, PreTrainedConfig, parser
+from lerobot.utils.constants import ACTION
 from safetensors.torch import load_file
 
+from ..checkpoint import ADAPTER_CONFIG
 from ..configuration_vla0 import VLA0Config
 from ..libero.report import read_episodes, table_row
 from ..options import PolicyOptions
+from ..task_stats import STATISTICS
 
 # (licence's id on the Hub, its name), as the models' own cards say.
 LICENCES = {
@@ -29,45 +36,59 @@ NORMALISATION = {
     NormalizationMode.QUANTILE10: "quantiles 0.1 and 0.9",
 }
 BEGIN, END = "<!-- evaluation: written by lerobot-vla0 card -->", "<!-- end of evaluation -->"
-TEMPLATE = """---
-{metadata}
----
+NO_EVALUATION = f"""\
+{BEGIN}
+## Evaluation
 
-# {title}
-
+None yet. `lerobot-vla0 eval` measures, `lerobot-vla0 card` enters it here.
+{END}"""
+# Our parts of the card, in Jinja as LeRobot's template. ABOUT comes before its section "Model Details"; MADE
+# takes the place of its section "Evaluation", which is empty.
+ABOUT = """\
 [VLA-0](https://arxiv.org/abs/2510.13054): an unmodified vision-language model that looks at the cameras,
-reads the instruction and writes the next {horizon} actions as {count} integers from 0 to {bins}. A policy for
-[LeRobot](https://github.com/huggingface/lerobot), with its plugin `lerobot_policy_vla0`.
-
-## Use it
+reads the instruction and writes the next {{ config.chunk_size }} actions \
+as {{ config.chunk_size * dim }} integers from 0 to {{ config.num_bins }}. A policy for LeRobot,
+with its plugin `lerobot_policy_vla0`:
 
 ```python
-import lerobot_vla0  # pip install "lerobot_policy_vla0{extra}"
-agent = lerobot_vla0.Agent.from_pretrained("{path}")
-action = agent.act(observation, "{instruction}")  # ({dim},), in the robot's units
+import lerobot_vla0  # pip install "lerobot_policy_vla0{{ '[peft]' if config.use_peft }}"
+agent = lerobot_vla0.Agent.from_pretrained("{{ path }}")
+action = agent.act(observation, "pick up the milk and place it in the basket")  # ({{ dim }},)
 ```
 
-`observation` holds {cameras} as uint8 images (H, W, 3). With LeRobot's scripts:
-`--policy.path={path}`.
+`observation` holds `{{ config.camera_keys | join("`, `") }}` as uint8 images (H, W, 3)\
+{{ " and the robot's state" if config.use_state }}; `action` is in the robot's units.
+With LeRobot's scripts: `--policy.path={{ path }}`.
 
+"""
+MADE = """\
 ## How it was made
 
 | | |
 |---|---|
-{rows}
-
-{evaluation}
-
-## Licence
-
-{licence}
+| base model | {{ vlm }}, trained in {{ config.dtype }} |
+{% if trained_from %}| trained on from | {{ trained_from }} |
+{% endif %}{% if data_set %}| data set | {{ data_set }} |
+{% endif %}{% if peft %}| adapter | {{ peft.method_type }}, rank {{ peft.r }} |
+{% endif %}| pictures | {{ config.camera_keys | join(", ") }}: \
+crop {{ config.crop_ratio }} (random in training), {{ config.image_size }}×{{ config.image_size }} pixels, \
+{{ "side by side in one picture" if config.tile_images else "one picture each" }}; \
+colour jitter {{ config.jitter }} |
+| masked action augmentation | up to {{ config.action_mask_prob }} of the characters; \
+{{ config.action_mask_skip_prob }} of the examples without |
+| action normalisation | {{ normalisation }} of \
+{{ "each instruction's" if config.action_norm == "task" else "the data set's" }} actions \
+→ 0..{{ config.num_bins }} |
+{% for name, values in action_range.items() %}| action {{ name }} | {{ values }} |
+{% endfor %}
+{{ evaluation }}
 """
 
 
 @dataclass(kw_only=True)
 class CardConfig(PolicyOptions):
-    """What the card is of: `--policy.path=` names a checkpoint folder. Of a README.md that is there, only the
-    evaluation is changed."""
+    """`--policy.path=` names the checkpoint folder that the card describes. If there is a README.md already,
+    only its evaluation section is changed."""
 
     # Results folder of `lerobot-vla0 eval`.
     results: Path | None = None
@@ -85,7 +106,8 @@ class CardConfig(PolicyOptions):
 
 
 def write_card(config: CardConfig) -> Path:
-    """Writes README.md, or renews the evaluation in the one that is there, and returns its path.
+    """Writes README.md and returns its path. In a README.md that exists, the evaluation section is replaced,
+    or appended if there is none.
 
     Raises:
         ValueError: no policy, one of another type, or a results folder without a finished episode.
@@ -106,7 +128,8 @@ def write_card(config: CardConfig) -> Path:
     else:
         training = folder / "train_config.json"
         training = json.loads(training.read_text()) if training.is_file() else {}
-        saved = PreTrainedConfig.from_pretrained(folder)  # its pretrained_path is what it was trained from
+        # Read again, because `pretrained_path` of config.policy is the checkpoint itself, not its base.
+        saved = PreTrainedConfig.from_pretrained(folder)
         text = str(make_card(saved, training, _saved_range(folder), results=results))
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(text)
@@ -114,114 +137,126 @@ def write_card(config: CardConfig) -> Path:
     return file
 
 
+def push_card(config: VLA0Config, repo_id: str, pipeline: Any, dataset_meta: Any) -> ModelCard:
+    """The card of a push. Warns if an adapter's base is a folder of this machine.
+
+    Args:
+        config: of the policy.
+        repo_id: of the data set.
+        pipeline: lerobot-train's TrainPipelineConfig, or None.
+        dataset_meta: LeRobotDatasetMetadata of the data set, or None.
+    """
+    base = str(config.pretrained_path or config.vlm)
+    if config.use_peft and Path(base).is_dir():
+        logging.warning(
+            f"the adapter's base is the folder {base}: what was pushed loads on this machine only. Push the "
+            f"base, too, and name it as base_model_name_or_path in {ADAPTER_CONFIG}, or push what "
+            "`lerobot-vla0 merge` writes."
+        )
+    training = {"dataset": {"repo_id": repo_id}} if pipeline is None else draccus.encode(pipeline)
+    names = STATISTICS[config.normalization_mapping["ACTION"]] if dataset_meta is not None else ()
+    action_range = {name: dataset_meta.stats[ACTION][name] for name in names}
+    return make_card(config, training, action_range, dataset_meta=dataset_meta)
+
+
 def make_card(
     config: VLA0Config,
     training: dict[str, Any],
-    action_range: dict[str, Any] | None = None,
+    action_range: dict[str, Any],
     *,
-    dataset: dict[str, Any] | None = None,
+    dataset_meta: Any = None,
     results: str | None = None,
 ) -> ModelCard:
-    """
+    """LeRobot's template with our parts. LeRobot's own function takes objects that a checkpoint folder does
+    not hold, and asks the Hub to check the card.
+
     Args:
         config: of the policy, as it is saved.
         training: what lerobot-train saves as train_config.json; {} if unknown.
         action_range: the statistics that actions are normalised by, name → D numbers.
-        dataset: "episodes" and "frames" of the data set.
+        dataset_meta: LeRobotDatasetMetadata of what was trained on; None if unknown.
         results: the section that `evaluation` returns.
     """
-    data = training.get("dataset") or {}
-    # A resumed run's own checkpoint is no base.
-    base = config.pretrained_path if _is_repo(config.pretrained_path) else config.vlm
-    licence, licence_name = _licence(config.vlm)
+    data_set = (training.get("dataset") or {}).get("repo_id")
+    found = (names for pattern, names in LICENCES.items() if re.fullmatch(pattern, str(config.vlm)))
+    licence, name = next(found, (None, ""))
+    terms = f"the {name}, which binds what is trained from it" if licence else "the licence that it names"
+    context = {
+        "model_name": config.type,
+        "license": f"The base model {_shown(config.vlm)} is under {terms}."
+        + (f" These weights: {config.license}." if config.license else ""),
+        "base_model": None,  # the template recommends it as --policy.path, but a VLM is no policy
+        "policy_repo_id": config.repo_id,
+        "cameras": [key.rpartition(".")[2] for key in config.camera_keys],
+        "input_features": config.input_features,
+        "output_features": config.output_features,
+    }
+    if training.get("steps"):
+        optimizer = training.get("optimizer") or {}
+        context["training"] = training | {
+            "optimizer": optimizer.get("type"),
+            "lr": optimizer.get("lr"),
+            "lerobot_version": lerobot.__version__,
+        }
+    if dataset_meta is not None:
+        context["robot_type"] = dataset_meta.robot_type
+        context["dataset"] = {
+            "repo_id": data_set,
+            "episodes": dataset_meta.total_episodes,
+            "frames": dataset_meta.total_frames,
+            "fps": dataset_meta.fps,
+            "tasks": list(dataset_meta.tasks.index),
+        }
+    template = files("lerobot.templates") / "lerobot_modelcard_template.md"
+    top, heading, rest = template.read_text(encoding="utf-8").partition("## Model Details\n")
+    details, _, rest = rest.partition("## Evaluation\n")
+    _, line, citation = rest.partition("\n---\n")
+    return ModelCard.from_template(
+        _metadata(config, licence, data_set),
+        template_str=top + ABOUT + heading + details + MADE + line + citation,
+        **context,
+        config=config,
+        dim=config.action_feature.shape[0],
+        path=config.repo_id or "<this folder>",
+        vlm=_shown(config.vlm),
+        trained_from=_shown(config.pretrained_path) if _is_repo(config.pretrained_path) else None,
+        data_set=_shown(data_set, "datasets/") if data_set and dataset_meta is None else None,
+        peft=training.get("peft") if config.use_peft else None,
+        normalisation=NORMALISATION[config.normalization_mapping["ACTION"]],
+        action_range={key: [round(float(v), 4) for v in values] for key, values in action_range.items()},
+        evaluation=results or NO_EVALUATION,
+    )
+
+
+def _metadata(config: VLA0Config, licence: str | None, data_set: str | None) -> ModelCardData:
+    """The card's YAML header, by which the Hub finds and links repos."""
     settings: dict[str, Any] = {"license": config.license or licence}
     if settings["license"] in ("qwen-research", "qwen"):  # not among the Hub's own ids
-        settings |= {
+        settings = {
+            "license": "other",
             "license_name": settings["license"],
-            "license_link": _link(config.vlm) + "/blob/main/LICENSE",
+            "license_link": f"https://huggingface.co/{config.vlm}/blob/main/LICENSE",
         }
-        settings["license"] = "other"
+    # After a resumed run, pretrained_path is the run's own checkpoint folder.
+    base = config.pretrained_path if _is_repo(config.pretrained_path) else config.vlm
     if _is_repo(base):
         settings["base_model"] = str(base)
         settings["base_model_relation"] = "adapter" if config.use_peft else "finetune"
-    metadata = ModelCardData(
+    return ModelCardData(
         library_name="lerobot",
         pipeline_tag="robotics",
         tags=sorted({*(config.tags or []), "robotics", "lerobot", "vla0", "vision-language-action"}),
-        datasets=data["repo_id"] if _is_repo(data.get("repo_id")) else None,
+        datasets=data_set if _is_repo(data_set) else None,
         **settings,
     )
-    text = TEMPLATE.format(
-        metadata=metadata.to_yaml(),
-        title=(config.repo_id or "VLA-0 policy").rpartition("/")[2],
-        horizon=config.chunk_size,
-        count=config.chunk_size * config.action_feature.shape[0],
-        bins=config.num_bins,
-        extra="[peft]" if config.use_peft else "",
-        path=config.repo_id or "<this folder>",
-        instruction="pick up the milk and place it in the basket",
-        dim=config.action_feature.shape[0],
-        cameras=", ".join(f"`{key}`" for key in config.camera_keys)
-        + (" and the robot's state" * config.use_state),
-        rows="\n".join(
-            f"| {name} | {value} |" for name, value in _rows(config, training, action_range, dataset)
-        ),
-        evaluation=results
-        or f"{BEGIN}\n## Evaluation\n\nNone yet. `lerobot-vla0 eval` measures, `lerobot-vla0 card` enters it "
-        f"here.\n{END}",
-        licence=f"The base model {_shown(config.vlm)} is under "
-        + (
-            f"the {licence_name}, which binds what is trained from it."
-            if licence
-            else "the licence that it names."
-        )
-        + (f" These weights: {config.license}." if config.license else ""),
-    )
-    return ModelCard(text)
-
-
-def _rows(
-    config: VLA0Config,
-    training: dict[str, Any],
-    action_range: dict[str, Any] | None,
-    dataset: dict[str, Any] | None,
-) -> list[tuple[str, str]]:
-    """The table of how it was made: (name, value)."""
-    rows = [("base model", _shown(config.vlm))]
-    if _is_repo(config.pretrained_path):
-        rows.append(("trained on from", _shown(config.pretrained_path)))
-    if (data := training.get("dataset") or {}).get("repo_id"):
-        size = f", {dataset['episodes']} episodes, {dataset['frames']:,} frames" if dataset else ""
-        rows.append(("data set", _shown(data["repo_id"]) + size))
-    if training.get("steps"):
-        optimiser = training.get("optimizer") or {}
-        steps = f"{training['steps']:,} steps, batch {training.get('batch_size')} per process"
-        rate = f"{optimiser.get('type', 'adamw')}, learning rate {optimiser.get('lr', config.optimizer_lr):g}"
-        rows.append(("training", f"{steps}, {rate}, {config.dtype}, seed {training.get('seed')}"))
-    if config.use_peft and (peft := training.get("peft")):
-        rows.append(("adapter", f"{peft['method_type']}, rank {peft['r']}"))
-    layout = "side by side in one picture" if config.tile_images else "one picture each"
-    crop = f"crop {config.crop_ratio:g} (random in training), {config.image_size}×{config.image_size} pixels"
-    masked = f"up to {config.action_mask_prob:g} of the characters"
-    of = "each instruction's actions" if config.action_norm == "task" else "the data set's actions"
-    rows += [
-        ("pictures", f"{', '.join(config.camera_keys)}: {crop}, {layout}; colour jitter {config.jitter}"),
-        ("masked action augmentation", f"{masked}; {config.action_mask_skip_prob:g} of the examples without"),
-        (
-            "action normalisation",
-            f"{NORMALISATION[config.normalization_mapping['ACTION']]} of {of} → 0..{config.num_bins}",
-        ),
-    ]
-    for name, values in (action_range or {}).items():
-        rows.append((f"action {name}", str([round(float(value), 4) for value in values])))
-    return rows
 
 
 def evaluation(folder: Path) -> str:
-    """The card's section from a results folder of `lerobot-vla0 eval`: success by suite, with intervals.
+    """The card's section "Evaluation" from a results folder of `lerobot-vla0 eval`: success rates by suite,
+    with 95 % intervals.
 
     Raises:
-        FileNotFoundError: no such results.
+        FileNotFoundError: the folder holds no results.
         ValueError: no finished episode.
     """
     settings = Path(folder) / "settings.json"
@@ -258,11 +293,6 @@ def evaluation(folder: Path) -> str:
     return "\n".join([*lines, END])
 
 
-def training_of(pipeline: Any) -> dict[str, Any]:
-    """What lerobot-train saves as train_config.json; {} of None."""
-    return {} if pipeline is None else draccus.encode(pipeline)
-
-
 def _saved_range(folder: Path) -> dict[str, Any]:
     """The action's statistics in a checkpoint's postprocessor."""
     state: dict[str, Any] = {}
@@ -272,21 +302,17 @@ def _saved_range(folder: Path) -> dict[str, Any]:
     return {name: state[f"action.{name}"].tolist() for name in names if f"action.{name}" in state}
 
 
-def _licence(vlm: str) -> tuple[str | None, str]:
-    return next((found for pattern, found in LICENCES.items() if re.fullmatch(pattern, str(vlm))), (None, ""))
-
-
 def _is_repo(name: Any) -> bool:
-    """Whether it can be a Hub repo: owner/name, no folder here, and no recording ("local/...")."""
+    """Whether a name can be a Hub repo: owner/name, no folder on this machine, and not "local/...", which
+    `lerobot-vla0 record` names its data sets."""
     name = str(name)
     named = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("local/")
     return bool(named) and not Path(name).exists()
 
 
-def _link(name: Any) -> str:
-    return f"https://huggingface.co/{name}"
-
-
-def _shown(name: Any) -> str:
-    """A link; of a folder only its name, because paths are nobody else's business."""
-    return f"[{name}]({_link(name)})" if _is_repo(name) else f"`{Path(str(name)).name}` (not on the Hub)"
+def _shown(name: Any, kind: str = "") -> str:
+    """A link to the Hub, or the name of a folder: its path says where a user keeps files. `kind` is
+    "datasets/" for a data set."""
+    if _is_repo(name):
+        return f"[{name}](https://huggingface.co/{kind}{name})"
+    return f"`{Path(str(name)).name}` (not on the Hub)"

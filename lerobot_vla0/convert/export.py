@@ -2,24 +2,19 @@
 `action_spec.json` in it says how to ask the model for actions and how to read what it writes."""
 
 import json
-import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
 from safetensors import safe_open
-from torch import Tensor
 
-from ..checkpoint import ADAPTER_CONFIG, VLM_FOLDER, WEIGHTS, check_checkpoint, new_folder
+from ..checkpoint import VLM_FOLDER, find_checkpoint, new_folder
 from ..configuration_vla0 import VLA0Config
 from ..options import PolicyOptions
 
 ACTION_SPEC = "action_spec.json"
 SPEC_VERSION = 1
-SHARD_BYTES = 2 * 1024**3  # what is held in memory at a time
-# LeRobot's policy holds the VLM as `model`.
-POLICY_PREFIX = "model."
+SHARD_BYTES = 2 * 1024**3  # largest file of weights
 
 
 @dataclass(kw_only=True)
@@ -32,8 +27,8 @@ class ExportConfig(PolicyOptions):
 
 def export(config: ExportConfig) -> Path:
     """Writes the folder to `config.out` and returns it. `AutoModelForImageTextToText` and `AutoProcessor`
-    load it, and so do `transformers serve`, `vllm serve` and `sglang.launch_server`. All or nothing: it is
-    written beside `out` and renamed at the end.
+    load it, and so do `transformers serve`, `vllm serve` and `sglang.launch_server`. An export that fails
+    leaves nothing behind.
 
     Raises:
         FileExistsError: `out` exists and is not empty.
@@ -44,37 +39,44 @@ def export(config: ExportConfig) -> Path:
         raise ValueError("which checkpoint? --policy.path=<checkpoint folder or Hub repo>")
     out, path = Path(config.out), str(config.policy.pretrained_path)
     with new_folder(out) as part:
-        folder = Path(path)
-        if not folder.is_dir():
-            revision, patterns = config.policy.pretrained_revision, ["*.json", "*.safetensors"]
-            folder = Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
-        if (folder / ADAPTER_CONFIG).is_file():
+        checkpoint = find_checkpoint(path, revision=config.policy.pretrained_revision)
+        if checkpoint.kind == "adapter":
             raise ValueError(
                 f"{path} is an adapter: fold it into its base first "
                 f"(lerobot-vla0 merge --policy.path={path})."
             )
-        check_checkpoint(folder, config.policy, config.policy)
-        _write(folder, config.policy, part)
+        write_export(checkpoint.folder, config.policy, part)
     print(f"Wrote {out}")
     return out
 
 
-def _write(folder: Path, config: VLA0Config, out: Path) -> None:
+def write_export(folder: Path, config: VLA0Config, out: Path) -> None:
+    """Writes what Transformers loads, and action_spec.json.
+
+    Args:
+        folder: the checkpoint.
+        config: its config, overrides included.
+        out: an empty folder.
+    """
     # Imported here: transformers takes seconds, and `--help` must not.
-    from transformers import AutoConfig, AutoProcessor, GenerationConfig
+    from transformers import GenerationConfig
 
-    from ..examples import ExampleMaker
     from ..families import family
+    from ..modeling_vla0 import VLA0Policy
 
-    processor = AutoProcessor.from_pretrained(folder / VLM_FOLDER)
-    chat = ExampleMaker(config, processor).chat
-    spec = action_spec(folder, config, chat)
-    (out / ACTION_SPEC).write_text(json.dumps(spec, indent=2))
-    AutoConfig.from_pretrained(folder / VLM_FOLDER).save_pretrained(out)
-    # Engines apply this file silently; the base model's may ask for sampling and a repetition penalty.
-    GenerationConfig(do_sample=False, eos_token_id=chat.end_id, pad_token_id=chat.pad_id).save_pretrained(out)
-    # Engines know nothing of our settings: the template and the processor do by default what they were
-    # trained with.
+    on_cpu = replace(config, device="cpu", attn_implementation=None, server=None)
+    policy = VLA0Policy.from_pretrained(folder, config=on_cpu)
+    model, processor, chat = policy.model, policy.vlm_processor, policy.examples.chat
+    (out / ACTION_SPEC).write_text(json.dumps(action_spec(folder, config, chat), indent=2))
+    # Serving engines apply generation_config.json to every request. The base model's may ask for sampling
+    # and a repetition penalty.
+    model.generation_config = GenerationConfig(
+        do_sample=False, eos_token_id=chat.end_id, pad_token_id=chat.pad_id
+    )
+    # Tensors are named as in the model; by default Transformers writes the names from before its version
+    # 4.52.
+    model.save_pretrained(out, max_shard_size=SHARD_BYTES, save_original_format=False)
+    # Engines do not know the settings in `config`, so chat template and processor get them as their defaults.
     template = processor.chat_template
     if "add_vision_id" in template:
         template = "{% set add_vision_id = " + str(config.add_vision_id).lower() + " %}" + template
@@ -83,17 +85,13 @@ def _write(folder: Path, config: VLA0Config, out: Path) -> None:
     processor.chat_template = processor.tokenizer.chat_template = template
     family(processor).pin_picture_size(processor, *chat.picture_size)
     processor.save_pretrained(out)
-    # Where Transformers 4 (and engines built on it) look.
+    # preprocessor_config.json, which Transformers 4 and engines built on it read.
     processor.image_processor.save_pretrained(out)
-    _copy_weights(folder / WEIGHTS, out)
 
 
 def action_spec(folder: Path, config: VLA0Config, chat: Any) -> dict[str, Any]:
-    """What a client needs besides the model, and, under `checkpoint`, all else that the checkpoint holds."""
-    from ..decoding.grammar import IntegerGrammar
-
-    count = config.chunk_size * config.action_feature.shape[0]
-    grammar = IntegerGrammar(count, config.num_bins, chat.digit_ids, chat.space_id, chat.end_id)
+    """Content of action_spec.json: what a client needs besides the model and, under `checkpoint`, the files
+    of the checkpoint that Transformers' folder does not hold, for `lerobot-vla0 import`."""
     state = {}
     for file in sorted(folder.glob("policy_*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
@@ -113,8 +111,8 @@ def action_spec(folder: Path, config: VLA0Config, chat: Any) -> dict[str, Any]:
     return {
         "spec_version": SPEC_VERSION,
         "messages": chat.messages("{instruction}"),
-        "regex": grammar.regex,
-        "max_tokens": grammar.max_tokens,
+        "regex": chat.grammar.regex,
+        "max_tokens": chat.grammar.max_tokens,
         "chunk_size": config.chunk_size,
         "action_dim": config.action_feature.shape[0],
         "num_bins": config.num_bins,
@@ -141,50 +139,3 @@ def action_spec(folder: Path, config: VLA0Config, chat: Any) -> dict[str, Any]:
             "state": state,
         },
     }
-
-
-def _copy_weights(weights: Path, out: Path) -> None:
-    """The tensors of a checkpoint under Transformers' names, a shard at a time."""
-    with safe_open(weights, framework="pt") as tensors:
-        # Of tied tensors one is stored, under either name; Transformers ties the head to the embeddings.
-        stored = {
-            kept: removed for removed, kept in (tensors.metadata() or {}).items() if removed != "format"
-        }
-        names = {}
-        for key in tensors.keys():  # noqa: SIM118 (not a dict)
-            name = stored[key] if key.endswith("lm_head.weight") and key in stored else key
-            names[key] = name.removeprefix(POLICY_PREFIX)
-        shards: list[list[str]] = [[]]
-        total = held = 0
-        for key in names:
-            size = _bytes(tensors.get_slice(key))
-            if held and held + size > SHARD_BYTES:
-                shards.append([])
-                held = 0
-            shards[-1].append(key)
-            held, total = held + size, total + size
-        index = {}
-        for number, keys in enumerate(shards, 1):
-            file = WEIGHTS
-            if len(shards) > 1:
-                file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-                logging.info(f"weights: {number} of {len(shards)}")
-            _save({names[key]: tensors.get_tensor(key) for key in keys}, out / file)
-            index |= {names[key]: file for key in keys}
-    if len(shards) > 1:
-        content = {"metadata": {"total_size": total}, "weight_map": index}
-        (out / f"{WEIGHTS}.index.json").write_text(json.dumps(content, indent=2))
-
-
-def _bytes(tensor: Any) -> int:
-    """Of a slice of a safetensors file, without reading it."""
-    count = 1
-    for size in tensor.get_shape():
-        count *= size
-    return count * {"BF16": 2, "F16": 2, "F32": 4}[tensor.get_dtype()]
-
-
-def _save(tensors: dict[str, Tensor], file: Path) -> None:
-    from safetensors.torch import save_file
-
-    save_file(tensors, file, metadata={"format": "pt"})

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
-STATS = "out_ori_act"  # the one entry of all three formats' statistics that is used: {"min": ..., "max": ...}
+STATS = "out_ori_act"  # all three implementations write this entry: {"min": [...], "max": [...], ...}
 
+# Functions and classes by which pickles of NumPy arrays and numbers are rebuilt, by NumPy 1 and 2.
 NUMPY = {
     (f"numpy.{core}.multiarray", name) for core in ("core", "_core") for name in ("_reconstruct", "scalar")
 }
@@ -18,8 +19,8 @@ ALLOWED = NUMPY | {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode
 
 
 class StatsUnpickler(pickle.Unpickler):
-    """Reads dicts, lists, numbers and NumPy arrays. A pickle can name any function of any module and have it
-    called; here it gets none but those that make an array."""
+    """Reads dicts, lists, numbers and NumPy arrays only. Reading a pickle calls the functions that it names,
+    of any module; here those in ALLOWED can be called, and any other is an error."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in ALLOWED:

@@ -17,8 +17,8 @@ class MergeConfig(PolicyOptions):
 
 
 def merge(config: MergeConfig) -> Path:
-    """Writes the checkpoint, processors included, to `config.out` and returns it. The base is needed for the
-    last time.
+    """Writes the checkpoint, processors included, to `config.out` and returns it. The result no longer needs
+    the base.
 
     Raises:
         FileExistsError: `out` exists and is not empty.

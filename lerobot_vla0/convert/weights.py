@@ -1,32 +1,75 @@
-"""Weights between Transformers' folders and ours: names, shapes and types from the files' headers, tensors
-one at a time, so that a model need not fit into memory."""
+"""Weights of a Transformers folder → weights of a checkpoint.
+
+Transformers loads them, because it knows shards, tied weights and the names that its earlier versions wrote.
+It only warns about tensors that are missing or do not fit; here they are errors.
+"""
 
 import json
-import struct
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from tqdm import tqdm
+from safetensors.torch import save_model
+from torch import nn
 
-# safetensors' names, as in its README, of the types that weights come in.
-DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+# safetensors' names of the types that weights come in.
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
-def find_weights(folder: Path) -> dict[str, tuple[Path, list[int], str]]:
-    """Name → (file, shape, safetensors' type) of every tensor, shards included.
+def copy_weights(folder: Path, file: Path) -> nn.Module:
+    """Writes the weights of the model in `folder` to `file` under the names that they have in the policy, in
+    the type in which they are stored (float32 if there are several). One copy of the model is in memory.
+
+    Returns:
+        The model, on the CPU.
 
     Raises:
         FileNotFoundError: no safetensors, or a shard is missing.
-        ValueError: a file is truncated.
+        ValueError: a file is truncated, or tensors are missing, unknown or of another shape or type than the
+            model's config says.
     """
+    # Imported here: transformers takes seconds, and `--help` must not.
+    from transformers import AutoModelForImageTextToText
+
+    stored = _stored_types(folder)
+    _refuse([f"{n} is of type {t}, not {', '.join(DTYPES)}" for n, t in stored.items() if t not in DTYPES])
+    types = set(stored.values())
+    model, found = AutoModelForImageTextToText.from_pretrained(
+        folder,
+        dtype=DTYPES[types.pop()] if len(types) == 1 else torch.float32,
+        use_safetensors=True,
+        trust_remote_code=False,
+        ignore_mismatched_sizes=True,  # listed like the others, all of them, instead of an exception
+        output_loading_info=True,
+    )
+    wrong = [f"{name} is unknown" for name in sorted(found["unexpected_keys"])]
+    wrong += [
+        f"{name} has shape {list(shape)} instead of {list(expected)}"
+        for name, shape, expected in sorted(found["mismatched_keys"])
+    ]
+    wrong += [f"{name} is missing" for name in sorted(found["missing_keys"])]
+    head, embeddings = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    # Transformers leaves them apart then; a policy could not: its model is built from the config.
+    if model.config.tie_word_embeddings and head is not embeddings:
+        wrong.append("lm_head.weight differs from the embeddings that it is tied to")
+    _refuse(wrong)
+    save_model(nn.ModuleDict({"model": model}), str(file))  # LeRobot's policy holds the VLM as `model`
+    return model
+
+
+def _refuse(wrong: list[str]) -> None:
+    if wrong:
+        more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise ValueError(f"the weights do not fit the model's config.json: {'; '.join(wrong[:3])}{more}.")
+
+
+def _stored_types(folder: Path) -> dict[str, str]:
+    """Name → safetensors' type of every tensor, from the headers of all shards."""
     index = folder / "model.safetensors.index.json"
     files = [folder / "model.safetensors"]
     if index.is_file():
         files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    found = {}
+    types: dict[str, str] = {}
     for file in files:
         if not file.is_file():
             raise FileNotFoundError(
@@ -36,80 +79,9 @@ def find_weights(folder: Path) -> dict[str, tuple[Path, list[int], str]]:
         try:
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                    if name in found:
-                        raise ValueError(
-                            f"{name} is in {found[name][0]} and in {file}: copy the model again."
-                        )
-                    part = tensors.get_slice(name)
-                    found[name] = file, part.get_shape(), part.get_dtype()
+                    if name in types:
+                        raise ValueError(f"{name} is in {file} and in another shard: copy the model again.")
+                    types[name] = tensors.get_slice(name).get_dtype()
         except SafetensorError as error:
             raise ValueError(f"{file} is truncated or no safetensors: copy it again ({error}).") from error
-    return found
-
-
-def policy_names(weights: dict[str, tuple[Path, list[int], str]], model: torch.nn.Module) -> dict[str, str]:
-    """Name in the files → name in the policy, of every tensor that is written.
-
-    Raises:
-        ValueError: tensors are missing, unknown or of another shape than the model's config says.
-    """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-
-    expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    if tied:
-        del expected["lm_head.weight"]
-    # Transformers writes Qwen2.5-VL's weights under the names they had before 4.52.
-    renamings = get_model_conversion_mapping(model, add_legacy=False)
-    names, wrong = {}, []
-    for name, (_, shape, dtype) in weights.items():
-        if tied and name == "lm_head.weight":
-            continue  # a second copy of the embeddings
-        target = name
-        for renaming in renamings:
-            target, _ = renaming.rename_source_key(target)
-        if target not in expected:
-            target = f"model.{target}"  # "visual...", from before 4.52
-        if target not in expected:
-            wrong.append(f"{name} is unknown")
-        elif shape != expected[target]:
-            wrong.append(f"{name} has shape {shape} instead of {expected[target]}")
-        elif dtype not in DTYPES:
-            wrong.append(f"{name} is of type {dtype}, not {', '.join(DTYPES)}")
-        names[name] = f"model.{target}"
-    missing = sorted({f"model.{name}" for name in expected} - set(names.values()))
-    wrong += [f"{name.removeprefix('model.')} is missing" for name in missing]
-    if wrong:
-        more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise ValueError(f"the weights do not fit the model's config.json: {'; '.join(wrong[:3])}{more}.")
-    return names
-
-
-def common_dtype(weights: dict[str, tuple[Path, list[int], str]], names: dict[str, str]) -> str:
-    found = {weights[name][2] for name in names}
-    return DTYPES[found.pop()] if len(found) == 1 else "float32"
-
-
-def write_weights(weights: dict[str, tuple[Path, list[int], str]], names: dict[str, str], out: Path) -> None:
-    """Copies tensors under new names into one file, one at a time: safetensors' own writer takes all at
-    once.
-
-    The format (github.com/huggingface/safetensors#format): the header's length as 8 bytes, the header as
-    JSON, then the tensors' bytes in its order.
-    """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, target in names.items():
-        _, shape, dtype = weights[name]
-        start, end = end, end + int(np.prod(shape)) * getattr(torch, DTYPES[dtype]).itemsize
-        header[target] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with open(out, "wb") as stream, tqdm(total=end, unit="B", unit_scale=True, desc=out.name) as bar:
-        stream.write(struct.pack("<Q", len(text)) + text)
-        for file in dict.fromkeys(weights[name][0] for name in names):
-            with safe_open(file, framework="pt") as tensors:
-                for name in (n for n in names if weights[n][0] == file):
-                    content = tensors.get_tensor(name).reshape(-1).view(torch.uint8).numpy()
-                    stream.write(content)
-                    bar.update(len(content))
+    return types

@@ -5,6 +5,7 @@ It reads the simulator's state, not the images. Its actions are the robot's: OSC
 20 Hz (three of position, three of rotation), then the gripper, -1 open, +1 closed.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import mujoco
@@ -19,8 +20,7 @@ CLOSE_STEPS, OPEN_STEPS = 9, 8  # control steps until the fingers have closed or
 
 
 class PickAndPlaceExpert:
-    """Phases: above → down → close → lift → over → lower → release → up; from `above` again if the object was
-    lost.
+    """Picks up the task's object and drops it in the basket; starts again if the object was lost.
 
     Args:
         env: LIBERO's `OffScreenRenderEnv` (or its `ControlEnv`), reset and settled.
@@ -38,6 +38,11 @@ class PickAndPlaceExpert:
         self.env = env
         self.target, self.basket = goals[0][1], goals[0][2].removesuffix("_contain_region")
         self._plan()
+        self._actions = self._attempts()
+
+    def act(self) -> np.ndarray:
+        """The next action, float32 (7,), in [-1, 1]. Call once per control step."""
+        return next(self._actions)
 
     # ---------------------------------------------------------------------------------- the simulator's state
 
@@ -85,8 +90,7 @@ class PickAndPlaceExpert:
     # ----------------------------------------------------------------------------------------------- planning
 
     def _plan(self) -> None:
-        """Starts anew: grasp as deep as the palm allows, across the narrowest side, hand straight down."""
-        self._go("above")
+        """Where to grasp: as deep as the palm allows, across the narrowest side, hand straight down."""
         points = self._corners(self.target)
         low, high = points.min(0), points.max(0)
         self.grasp_z = max((low[2] + high[2]) / 2, high[2] - PALM, low[2] + 0.008)
@@ -126,9 +130,6 @@ class PickAndPlaceExpert:
 
     # ------------------------------------------------------------------------------------------------ control
 
-    def _go(self, phase: str) -> None:
-        self.phase, self.steps = phase, 0
-
     def _toward(self, goal: np.ndarray, gripper: float) -> np.ndarray:
         """Proportional control of the hand's pose, clipped to the action range."""
         error = self.rotation @ self._hand_rotation.T
@@ -140,81 +141,71 @@ class PickAndPlaceExpert:
         move = np.clip((goal - self._hand) * POSITION_GAIN, -1, 1)
         return np.r_[move, np.clip(rotation * ROTATION_GAIN, -1, 1), gripper].astype(np.float32)
 
-    def act(self) -> np.ndarray:
-        """The next action, float32 (7,), in [-1, 1]. Call once per control step."""
-        self.steps += 1
-        return getattr(self, f"_{self.phase}")()
-
-    def _above(self) -> np.ndarray:
-        xy = self._object[:2] + self.offset
-        action = self._toward(np.r_[xy, self.above_z], OPEN)
-        hand = self._hand
-        there = np.linalg.norm(hand[:2] - xy) < 0.008 and abs(hand[2] - self.above_z) < 0.03
-        if (there and self.angle_left < 0.08) or self.steps > 60:
-            self._go("down")
-        return action
-
-    def _down(self) -> np.ndarray:
-        goal = np.r_[self._object[:2] + self.offset, self.grasp_z]
-        action = self._toward(goal, OPEN)
-        if np.linalg.norm(goal - self._hand) < 0.006 or self.steps > 40:
-            self.grasp_xy = goal[:2]
-            self._go("close")
-        return action
-
-    def _close(self) -> np.ndarray:
-        action = self._toward(np.r_[self.grasp_xy, self.grasp_z], CLOSE)
-        if self.steps >= CLOSE_STEPS:
-            self.held = self._object - self._hand
-            below_hand = self._hand[2] - self._corners(self.target)[:, 2].min()
-            self.carry_z = self.basket_top + below_hand + 0.03
-            self._go("lift")
-        return action
-
-    def _lift(self) -> np.ndarray:
-        action = self._toward(np.r_[self.grasp_xy, self.carry_z], CLOSE)
-        if self._hand[2] > self.carry_z - 0.02 or self.steps > 40:
-            if self._slipped(0.05):
-                self._plan()
-            else:
-                self.held = self._object - self._hand
-                self._go("over")
-        return action
-
-    def _over(self) -> np.ndarray:
-        goal = np.r_[self._over_basket(), self.carry_z]
-        action = self._toward(goal, CLOSE)
-        if self._slipped(0.06):
-            self._plan()
-        elif np.linalg.norm(self._hand[:2] - goal[:2]) < 0.012 or self.steps > 80:
-            self._go("lower")
-        return action
-
-    def _lower(self) -> np.ndarray:
-        # The middle of the object goes below the basket's rim, the fingertips stay above it.
-        hand, obj = self._hand[2], self._object[2]
-        z = max(self.basket_top + 0.015, self.basket_top - 0.025 + hand - obj)
-        action = self._toward(np.r_[self._over_basket(), z], CLOSE)
-        if abs(hand - z) < 0.008 or self.steps > 30:
-            self._go("release")
-        return action
-
-    def _release(self) -> np.ndarray:
-        action = self._toward(self._hand, OPEN)
-        if self.steps >= OPEN_STEPS:
-            self._go("up")
-        return action
-
-    def _up(self) -> np.ndarray:
-        action = self._toward(self._hand + np.array([0, 0, 0.1]), OPEN)
-        if self.steps > 20:
-            self._plan()
-        return action
-
     def _over_basket(self) -> np.ndarray:
         """x and y of the hand at which the object is over the middle of the basket."""
         return self.basket_xy - (self._object - self._hand)[:2]
 
-    def _slipped(self, limit: float) -> bool:
-        """Whether the object has moved in the hand by more than `limit` metres."""
-        return bool(np.linalg.norm(self._object - self._hand - self.held) > limit)
+    def _attempts(self) -> Iterator[np.ndarray]:
+        """Actions of one attempt after the other.
+
+        Whether a movement is finished, and the plan of the next attempt, are decided before the last action
+        of the movement is executed. Every movement has a limit of steps.
+        """
+        while True:
+            for _ in range(61):  # above the object
+                xy, hand = self._object[:2] + self.offset, self._hand
+                action = self._toward(np.r_[xy, self.above_z], OPEN)
+                there = np.linalg.norm(hand[:2] - xy) < 0.008 and abs(hand[2] - self.above_z) < 0.03
+                there = there and self.angle_left < 0.08
+                yield action
+                if there:
+                    break
+            for _ in range(41):  # down to it
+                goal = np.r_[self._object[:2] + self.offset, self.grasp_z]
+                there = np.linalg.norm(goal - self._hand) < 0.006
+                yield self._toward(goal, OPEN)
+                if there:
+                    break
+            grasp_xy = goal[:2]
+            for _ in range(CLOSE_STEPS):
+                held = self._object - self._hand
+                below_hand = self._hand[2] - self._corners(self.target)[:, 2].min()
+                yield self._toward(np.r_[grasp_xy, self.grasp_z], CLOSE)
+            carry_z = self.basket_top + below_hand + 0.03
+            for step in range(41):  # up, after which the object must still be where it was in the hand
+                action = self._toward(np.r_[grasp_xy, carry_z], CLOSE)
+                there = self._hand[2] > carry_z - 0.02 or step == 40
+                lifted = self._object - self._hand
+                lost = there and np.linalg.norm(lifted - held) > 0.05
+                if lost:
+                    self._plan()
+                yield action
+                if there:
+                    break
+            if lost:
+                continue
+            for _ in range(81):  # over the basket
+                goal = np.r_[self._over_basket(), carry_z]
+                action = self._toward(goal, CLOSE)
+                there = np.linalg.norm(self._hand[:2] - goal[:2]) < 0.012
+                lost = np.linalg.norm(self._object - self._hand - lifted) > 0.06
+                if lost:
+                    self._plan()
+                yield action
+                if there or lost:
+                    break
+            if lost:
+                continue
+            for _ in range(31):  # down: the object's middle below the rim, the fingertips above it
+                hand_z, object_z = self._hand[2], self._object[2]
+                z = max(self.basket_top + 0.015, self.basket_top - 0.025 + hand_z - object_z)
+                yield self._toward(np.r_[self._over_basket(), z], CLOSE)
+                if abs(hand_z - z) < 0.008:
+                    break
+            for _ in range(OPEN_STEPS):
+                yield self._toward(self._hand, OPEN)
+            for _ in range(20):  # up
+                yield self._toward(self._hand + np.array([0, 0, 0.1]), OPEN)
+            action = self._toward(self._hand + np.array([0, 0, 0.1]), OPEN)
+            self._plan()  # the episode has not ended: the object is not in the basket
+            yield action
