@@ -94,12 +94,8 @@ class SFTOptions:
         help="Train on the episodes of this LIBERO suite only, told by their tasks: libero_spatial, "
         "libero_object, libero_goal, libero_10, libero_90, or several separated by commas.",
     )
-    max_episodes: int | None = HfArg(
-        default=None, help="Train on the first N episodes (of those that are left)."
-    )
-    use_lora: bool = HfArg(
-        default=False, help="Train LoRA adapters and leave the model as it is (needs peft)."
-    )
+    max_episodes: int | None = HfArg(default=None, help="Train on the first N episodes (of those left).")
+    use_lora: bool = HfArg(default=False, help="Train LoRA adapters, not the model itself (needs peft).")
     lora_r: int = HfArg(default=16, help="Rank of the adapters.")
     lora_alpha: int = HfArg(default=32, help="Adapters are scaled by alpha / r.")
     lora_dropout: float = HfArg(default=0.05, help="Dropout before the adapters.")
@@ -183,9 +179,7 @@ def parse(argv: list[str]) -> Arguments:
 class _SectionOption(argparse.Action):
     """Adds `--policy.image_size 84` as {"image_size": "84"} to `policy`, at first the file's mapping."""
 
-    def __call__(
-        self, parser: Any, namespace: argparse.Namespace, value: Any, option_string: str | None = None
-    ) -> None:
+    def __call__(self, parser: Any, namespace: Any, value: Any, option_string: str = "") -> None:
         if value is None:
             raise ValueError(f"{option_string} has no value.")
         field = option_string.partition(".")[2]
