@@ -1,11 +1,14 @@
-"""Options of the commands: draccus with LeRobot's `--policy.path=`."""
+"""Options of the commands: draccus, LeRobot's parser, with LeRobot's `--policy.path=`."""
 
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 import draccus
-from draccus.utils import DraccusException, ParsingError
+from draccus.utils import DecodingError, ParsingError
 from lerobot.configs import PreTrainedConfig, parser
 
 
@@ -22,30 +25,56 @@ class PolicyOptions:
     policy: PreTrainedConfig | None = None
 
     def __post_init__(self) -> None:
+        # From sys.argv, as LeRobot's own configs do: draccus does not pass on the options of a path.
         path = parser.get_path_arg("policy")
         if path:
-            overrides = parser.get_cli_overrides("policy") or []
-            self.policy = PreTrainedConfig.from_pretrained(path, cli_overrides=overrides)
-            self.policy.pretrained_path = Path(path)
+            self.policy = load_policy_config(path, parser.get_cli_overrides("policy") or [])
 
     @classmethod
     def __get_path_fields__(cls) -> list[str]:
         return ["policy"]  # LeRobot's parser takes `--policy.path=` for these
 
 
-def parse_options(config_class: type, prog: str, args: list[str]) -> object:
-    """draccus with LeRobot's `--policy.path=`, which its configs read from `sys.argv` themselves.
+def load_policy_config(path: str | Path, overrides: Sequence[str] = ()) -> PreTrainedConfig:
+    """The config of a checkpoint folder or Hub repo, its `pretrained_path` set.
+
+    Args:
+        overrides: changed fields, as on a command line: "--device=cpu".
 
     Raises:
-        ValueError: a config refuses a value; draccus would only say that it could not be made.
+        FileNotFoundError: there is no such checkpoint.
+        ValueError: the config refuses a value.
+    """
+    with _errors_of_configs():
+        config = PreTrainedConfig.from_pretrained(path, cli_overrides=list(overrides))
+    config.pretrained_path = Path(path)
+    return config
+
+
+def parse_options[Config](config_class: type[Config], prog: str, args: list[str]) -> Config:
+    """`draccus.parse`; a config with a policy may read `--policy.path=` from `sys.argv` meanwhile.
+
+    LeRobot's own wrapper around draccus shows a traceback where a config refuses a value.
+
+    Raises:
+        ValueError: a config refuses a value.
+        draccus.utils.DecodingError: a value has the wrong type; names the field.
     """
     options = args
     if hasattr(config_class, "__get_path_fields__"):
-        sys.argv = [prog, *args]
         options = parser.filter_path_args(config_class.__get_path_fields__(), args)
-    try:
+    with patch.object(sys, "argv", [prog, *args]), _errors_of_configs():
         return draccus.parse(config_class, args=options, prog=prog)
+
+
+@contextmanager
+def _errors_of_configs() -> Iterator[None]:
+    """Raises the ValueError of a config's `__post_init__` itself; draccus hides its text behind one that only
+    says that the config could not be made."""
+    try:
+        yield
     except ParsingError as error:
-        if isinstance(error.__cause__, ValueError) and not isinstance(error.__cause__, DraccusException):
-            raise error.__cause__ from error
-        raise
+        # A DecodingError names field, value and type already.
+        if isinstance(error, DecodingError) or not isinstance(error.__cause__, ValueError):
+            raise
+        raise error.__cause__ from error

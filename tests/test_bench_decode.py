@@ -4,11 +4,13 @@ import numpy as np
 import pytest
 from conftest import make_config, randomise
 from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from tiny_families import PICTURES, make_tiny
 
-from lerobot_vla0.bench.decode import BenchDecodeConfig, _scene, bench_decode
-from lerobot_vla0.bench.decode_modes import MODES, Chunk, tie_gap, write
-from lerobot_vla0.bench.models import SHAPES, random_policy
+from lerobot_vla0.bench.common import SHAPES, random_policy
+from lerobot_vla0.bench.decode import BenchDecodeConfig, bench_decode
+from lerobot_vla0.bench.modes import MODES, Chunk, run_mode, tie_gap
+from lerobot_vla0.bench.workloads import random_frame
 from lerobot_vla0.modeling_vla0 import VLA0Policy
 from lerobot_vla0.processor_vla0 import make_vla0_pre_post_processors
 
@@ -58,6 +60,34 @@ def test_batch_of_random_texts(config, capsys):
     assert rows["drafts"]["passes"] <= rows["forced"]["passes"] < rows["plain"]["passes"]
 
 
+def test_recorded_actions_of_a_data_set(config, tmp_path):
+    """With the chunk of one timestep before, smooth actions take fewer passes."""
+    features = {
+        key: {"dtype": "float32", "shape": (7,), "names": None} for key in ("action", "observation.state")
+    }
+    config.dataset = tmp_path / "data"
+    dataset = LeRobotDataset.create(
+        "local/smooth", fps=10, features=features, root=config.dataset, use_videos=False
+    )
+    for step in range(12):
+        action = np.sin(step / 3 + np.arange(7)).astype(np.float32)
+        dataset.add_frame({"action": action, "observation.state": action, "task": "pick up the milk"})
+    dataset.save_episode()
+    dataset.finalize()
+    config.modes = ["plain", "drafts"]
+    rows = {(row["workload"], row["mode"]): row for row in bench_decode(config)["results"]}
+    assert {workload for workload, _ in rows} == {"recorded", "recorded_masked", "replanned", "uniform"}
+    assert all(row["identical"] == 2 for row in rows.values())
+    passes = {workload: rows[workload, "drafts"]["passes"] for workload, _ in rows}
+    assert passes["replanned"] < passes["recorded_masked"] < passes["recorded"] < passes["uniform"]
+
+
+def test_episodes_shorter_than_a_chunk(config, tiny_dataset):
+    config.dataset = tiny_dataset
+    with pytest.raises(ValueError, match="has no episode of more than 8 frames"):
+        bench_decode(config)
+
+
 def save_random(settings, dataset, config):
     """A checkpoint with random weights, for the benchmark to measure on a data set."""
     policy, folder = VLA0Policy(settings), config.out / "checkpoint"
@@ -69,7 +99,7 @@ def save_random(settings, dataset, config):
 
 
 def test_a_checkpoint_of_ones_own(config, tiny_vlm, tiny_dataset):
-    """Its own texts, and in bfloat16, where passes of different widths may round differently."""
+    """Its own answers, in bfloat16, where passes over different numbers of tokens may round differently."""
     save_random(make_config(tiny_vlm, chunk_size=4, n_action_steps=1), tiny_dataset, config)
     config.chunks = 6
     config.dtype, config.modes = "bfloat16", ["generate_grammar", "plain", "forced", "drafts"]
@@ -97,14 +127,14 @@ def test_a_checkpoint_of_another_family(family, config, tiny_dataset, tmp_path):
     assert rows["drafts"]["passes"] < rows["plain"]["passes"] == rows["generate_grammar"]["passes"]
 
 
-def test_how_close_a_call_a_text_was(config):
-    """Texts that part where the model was sure are told from ties."""
-    policy = random_policy(config, "cpu")
-    chunk = Chunk(_scene(np.random.default_rng(0)))
-    said = write(policy, "plain", [chunk], False, None).integers[0]
-    assert tie_gap(policy, chunk, False, said, said) == 0
+def test_gap_of_two_answers(config):
+    """Large where the model clearly preferred one of them."""
+    policy = random_policy(TINY, config.seed, device="cpu", dtype="float32")
+    chunk = Chunk(random_frame(np.random.default_rng(0)))
+    said = run_mode(policy, "plain", [chunk]).integers[0]
+    assert tie_gap(policy, chunk, said, said) == 0
     other = [*said[:-1], (said[-1] + 500) % 1001]
-    assert tie_gap(policy, chunk, False, said, other) > 100  # of float32
+    assert tie_gap(policy, chunk, said, other) > 100  # of float32
 
 
 @pytest.mark.parametrize(

@@ -6,13 +6,13 @@ import torch
 from test_bench_decode import TINY
 
 from lerobot_vla0.bench import train
-from lerobot_vla0.bench.models import random_policy
+from lerobot_vla0.bench.common import SHAPES, random_policy
 from lerobot_vla0.bench.train import BenchTrainConfig, per_sample_inputs
 
 
 @pytest.fixture
 def config(monkeypatch, tmp_path):
-    monkeypatch.setitem(train.SHAPES, "tiny", TINY)
+    monkeypatch.setitem(SHAPES, "tiny", TINY)
     # In this process; starting others takes longer than the steps.
     monkeypatch.setattr(train, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))
     return BenchTrainConfig(model="tiny", device="cpu", batch_size=3, steps=1, repeats=1, out=tmp_path)
@@ -35,7 +35,7 @@ def test_steps_have_the_same_loss(config, capsys):
 @pytest.mark.slow
 def test_measures_in_processes_of_their_own(config, monkeypatch):
     monkeypatch.undo()
-    monkeypatch.setitem(train.SHAPES, "tiny", TINY)
+    monkeypatch.setitem(SHAPES, "tiny", TINY)
     config.modes = ["ours"]
     monkeypatch.setattr(train, "_memory_gib", None)  # here, not there
     (row,) = train.bench_train(config)["results"]
@@ -44,18 +44,17 @@ def test_measures_in_processes_of_their_own(config, monkeypatch):
 
 def test_the_other_step_prepares_the_same_example(config):
     """Without augmentation equal to the policy's; with it, other pixels and masked text."""
-    config.dtype = "float32"
-    policy = random_policy(config, "cpu")
-    images, tasks, bins = train._samples(policy, config)
-    ours, labels, _ = policy.training_inputs({**images, "task": tasks, "action": bins})
-    theirs, their_labels = per_sample_inputs(policy, images, tasks, bins, augment=False)
+    policy = random_policy(TINY, config.seed, device="cpu", dtype="float32")
+    batch = train.make_batch(policy, config)
+    ours, labels, _ = policy.examples.training_examples(batch, None)
+    theirs, their_labels = per_sample_inputs(policy, batch, augment=False)
     assert torch.equal(their_labels, labels) and theirs.keys() == ours.keys()
     for key, value in ours.items():
         torch.testing.assert_close(theirs[key], value, msg=key)
-    augmented, masked = per_sample_inputs(policy, images, tasks, bins, augment=True)
+    augmented, masked = per_sample_inputs(policy, batch, augment=True)
     assert not torch.equal(augmented["pixel_values"], theirs["pixel_values"])
     hidden = (masked != their_labels).sum()
-    assert hidden > 0 and (augmented["input_ids"] == policy.chat.mask_id).sum() == hidden
+    assert hidden > 0 and (augmented["input_ids"] == policy.examples.chat.mask_id).sum() == hidden
 
 
 def test_without_trl(config, monkeypatch, capsys):

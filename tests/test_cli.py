@@ -37,6 +37,11 @@ def test_help_is_light():
         (["frobnicate"], "unknown command 'frobnicate'"),
         (["record"], "lerobot-vla0 record: .*out"),
         (
+            ["record", "--out=nowhere", "--episodes=few"],
+            "lerobot-vla0 record: `episodes`: .*'few' into an int",
+        ),
+        (["merge", "--policy.path=x", "--policy.type=act"], "both --policy.path and --policy.type"),
+        (
             ["tiny-vlm", "--hidden_size=100", "--out=nowhere"],
             "lerobot-vla0 tiny-vlm: hidden_size=100 must be",
         ),

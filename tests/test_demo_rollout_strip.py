@@ -14,11 +14,11 @@ from lerobot_vla0.demo.rollout_strip import (
     Rollout,
     StripConfig,
     Turn,
+    _wrap,
     compress,
     draw,
     play_rollout,
     read_chat,
-    wrap,
 )
 
 COLORS = [(200, 30, 30), (30, 200, 30), (30, 30, 200), (200, 200, 30)]
@@ -91,7 +91,7 @@ def test_chat_is_what_the_policy_gets_and_writes(learnt):
 
 
 def test_wrap():
-    words = wrap(["one two three", "four\nfive"], columns=8)
+    words = _wrap(["one two three", "four\nfive"], columns=8)
     assert [(row, column, word) for row, column, word, _ in words] == [
         (0, 0, "one"), (0, 4, "two"), (1, 0, "three"), (2, 0, "four"), (3, 0, "five"),
     ]  # fmt: skip

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from safetensors.torch import load, load_file
 from tiny_families import FAMILIES, PICTURES, make_tiny
 from torch.utils.data import default_collate
 
+from lerobot_vla0 import modeling_vla0
 from lerobot_vla0.modeling_vla0 import VLA0Policy
 from lerobot_vla0.training import sft as module
 from lerobot_vla0.training.sft import sft
@@ -48,9 +50,10 @@ def trainer(arguments):
     parsed = parse([*arguments, "--max_steps=1"])
     dataset = make_dataset(module._pipeline(parsed))
     policy = make_policy(parsed.policy, ds_meta=dataset.meta)
-    processors = module._processors(parsed, policy, dataset)
-    made = module._make_trainer(parsed, policy, None, processors[0], dataset, save=None)
-    return made, policy.train(), processors[0], default_collate([dataset[i] for i in (0, 7, 13)])
+    processors = module._processors(policy, dataset)
+    pipeline = module._pipeline(parsed)
+    made = module.VLA0Trainer(parsed.training, pipeline, dataset, policy.train(), processors)
+    return made, policy, processors[0], default_collate([dataset[i] for i in (0, 7, 13)])
 
 
 def losses(output: Path) -> list[float]:
@@ -71,7 +74,7 @@ def test_same_loss_as_the_policys_own(trainer, monkeypatch):
     inputs = made.example(batch, seed=5)
     with torch.no_grad():
         theirs = made.compute_loss(made.model, inputs)
-    monkeypatch.setattr(policy, "_augmentation_generator", lambda: torch.Generator().manual_seed(5))
+    monkeypatch.setattr(modeling_vla0, "augmentation_generator", lambda: torch.Generator().manual_seed(5))
     with torch.no_grad():
         ours, _ = policy(preprocess(batch))
     assert theirs.item() == pytest.approx(ours.item(), rel=1e-5)
@@ -128,6 +131,30 @@ def test_writes_a_lerobot_checkpoint(arguments, tmp_path):
         parse([*arguments, f"--policy.path={final}", "--max_steps=1", f"--output_dir={tmp_path}/more"])
     )
     assert any(not torch.equal(two[k], value) for k, value in weights(more).items())
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_weights_gathered_from_several_processes(lora, arguments, tmp_path):
+    """FSDP hands over the VLM's weights under the VLM's names: saved like the policy's own."""
+    parsed = parse([*arguments, "--max_steps=1", f"--use_lora={lora}"])
+    dataset = make_dataset(pipeline := module._pipeline(parsed))
+    policy = make_policy(parsed.policy, ds_meta=dataset.meta)
+    adapter = policy.wrap_with_peft() if lora else None
+    processors = module._processors(policy, dataset)
+    made = module.VLA0Trainer(parsed.training, pipeline, dataset, policy, processors, adapter)
+    made._save(str(tmp_path / "own"))
+    gathered = deepcopy(policy.model.state_dict())
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.zero_()  # must not be what is saved
+    made._save(str(tmp_path / "gathered"), state_dict=gathered)
+    own, saved = tmp_path / "own", tmp_path / "gathered"
+    assert {p.relative_to(own) for p in own.rglob("*")} == {p.relative_to(saved) for p in saved.rglob("*")}
+    if lora:
+        own, saved = (load_file(folder / "adapter_model.safetensors") for folder in (own, saved))
+    else:
+        own, saved = (VLA0Policy.from_pretrained(folder).state_dict() for folder in (own, saved))
+    assert own.keys() == saved.keys() and all(torch.equal(own[k], value) for k, value in saved.items())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -263,7 +290,7 @@ def test_episodes(options, episodes, arguments):
 def test_two_processes_equal_one_with_the_doubled_batch(arguments, process_env, tmp_path):
     """Also where their shares of the supervised tokens differ: the mean is over all tokens."""
     options = [*arguments, *NO_AUGMENTATION, "--max_steps=3", "--save_steps=3"]
-    torchrun = ["--nproc_per_node=2", "-m", "lerobot_vla0.training.sft"]
+    torchrun = ["--nproc_per_node=2", "-m", "lerobot_vla0.cli", "sft"]
     run_script("torchrun", *torchrun, *options, f"--output_dir={tmp_path}/two", env=process_env)
     one = [*options, "--per_device_train_batch_size=4", f"--output_dir={tmp_path}/one"]
     accumulated = [*options, "--gradient_accumulation_steps=2", f"--output_dir={tmp_path}/accumulated"]

@@ -1,5 +1,10 @@
+import os
+import sys
+from pathlib import Path
+
 import pytest
 
+from lerobot_vla0.cli import main
 from lerobot_vla0.training.sft_options import parse
 
 BASE = ["--use_cpu", "--dataset.repo_id=local/x", "--policy.vlm=some/vlm"]
@@ -40,6 +45,22 @@ def test_command_line_over_file_over_defaults(tmp_path):
     assert arguments.dataset.episodes == [1, 2] and policy.dtype == "bfloat16" and not training.bf16
 
 
+def test_nested_options_over_a_nested_mapping(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("dataset: {repo_id: local/x, image_transforms: {enable: true, max_num_transforms: 2}}\n")
+    arguments = parse([*BASE, f"--config={file}", "--dataset.image_transforms.max_num_transforms", "5"])
+    transforms = arguments.dataset.image_transforms
+    assert (transforms.enable, transforms.max_num_transforms) == (True, 5)
+
+
+def test_environment_variables_of_the_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("VLA0_TEST_VARIABLE", "before")
+    file = tmp_path / "run.yaml"
+    file.write_text("env: {VLA0_TEST_VARIABLE: 3}\n")
+    parse([*BASE, f"--config={file}"])
+    assert os.environ["VLA0_TEST_VARIABLE"] == "3"
+
+
 def test_the_checkpoints_config_says_how_it_was_trained():
     arguments = parse(
         [*BASE, "--learning_rate=3e-6", "--max_grad_norm=0.5", "--push_to_hub", "--hub_model_id=me/policy"]
@@ -53,7 +74,9 @@ def test_evaluation_defaults_to_the_suite_trained_on():
     arguments = parse(
         [*BASE, "--train_suite=libero_goal", "--eval_after_train", "--eval.episodes=3", "--eval.tasks=[1, 2]"]
     )
-    assert arguments.evaluation == ["--suites=libero_goal", "--episodes=3", "--tasks=[1, 2]"]
+    evaluation = arguments.evaluation
+    assert (evaluation.suites, evaluation.episodes, evaluation.tasks) == ("libero_goal", 3, [1, 2])
+    assert evaluation.out == Path("outputs/sft/eval") and parse(BASE).evaluation is None
 
 
 @pytest.mark.parametrize(
@@ -73,6 +96,10 @@ def test_evaluation_defaults_to_the_suite_trained_on():
         (["--push_to_hub"], "push_to_hub needs a repo.*--hub_model_id"),
         (["--eval.episodes=3"], "eval.episodes has no effect without --eval_after_train"),
         (["--eval_after_train", "--eval.suites=libero_objekt"], "unknown LIBERO suite 'libero_objekt'"),
+        (
+            ["--eval_after_train", "--eval.policy.path=x"],
+            "eval.policy has no effect here: the final checkpoint",
+        ),
         (["--eval_after_train", "--eval.out=x"], "eval.out has no effect here: results go to"),
         (["--config", "nowhere.yaml"], "config='nowhere.yaml': there is no such file"),
     ],
@@ -85,6 +112,9 @@ def test_bad_options(options, message):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
+        ("learning-rate: 1", "unknown option 'learning-rate' in .*run.yaml. The nearest is 'learning_rate'"),
+        ("packing: true", "packing has no effect here"),
+        ("policy: {device: cpu}", "policy.device has no effect here: use --use_cpu"),
         ("learning_rat: 1", "unknown option 'learning_rat' in .*run.yaml. The nearest is 'learning_rate'"),
         ("policy: {chunksize: 4}", "'policy.chunksize' in .*run.yaml. The nearest is 'policy.chunk_size'"),
         ("policy: vla0", "policy must be a mapping, got 'vla0'"),
@@ -104,9 +134,12 @@ def test_no_data_set():
 
 
 def test_without_trl(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "trl", None)
-    with pytest.raises(ImportError, match=r"TRL is not installed: pip install 'lerobot_policy_vla0\[sft\]'"):
-        parse(BASE)
+    monkeypatch.setitem(sys.modules, "trl", None)
+    for name in ("lerobot_vla0.training", "lerobot_vla0.training.sft"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    message = r"lerobot-vla0 sft: TRL is not installed: pip install 'lerobot_policy_vla0\[sft\]'"
+    with pytest.raises(SystemExit, match=message):
+        main(["sft", *BASE])
 
 
 def test_help_lists_ours_trls_and_lerobots(capsys):

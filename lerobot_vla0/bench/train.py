@@ -1,48 +1,36 @@
 """`lerobot-vla0 bench train`: a training step here, against one that prepares sample by sample.
 
-The other step is TinyVLA's: PIL images augmented one by one with torchvision, chat template and the VLM's
-processor called for each sample, and the model's own loss over all positions and the whole vocabulary, which
-TRL's SFTTrainer computed. (Today's TRL has a fused head of its own; it is measured, too.) Same random
-weights, same batch, AdamW on all parameters, everything in one process as `--num_workers=0` does it. Each
-measurement has a process of its own, in turns: peak memory belongs to a process.
+The other step is TinyVLA's: PIL images augmented one by one with torchvision, chat template and VLM processor
+called for each sample, and the model's own loss over all positions and the whole vocabulary, as TRL's
+SFTTrainer used to compute it (its present fused head is measured, too). All steps have the same random
+weights, the same batch and AdamW on all parameters, and prepare batches in the training process, as
+`--num_workers=0` does. Each measurement runs in a process of its own, since peak memory is a process's; modes
+take turns.
 """
 
-import json
 import multiprocessing
 import random
 import resource
 import time
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torchvision.transforms import v2
 
+from ..examples import augmentation_generator
 from ..modeling_vla0 import VLA0Policy
 from ..prompt import IGNORE, MASK_CHARACTER
-from .models import SHAPES, check_names, describe, random_policy, synchronize
+from . import common
 
-VOCABULARY = 151936
-# What two CPU cores can time at batch 8. A smaller body makes the vocabulary a larger part of the step.
-SHAPES["small-random"] = (
-    {
-        "vocab_size": VOCABULARY, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8,
-        "num_attention_heads": 8, "num_key_value_heads": 2,
-    },
-    {
-        "depth": 4, "hidden_size": 320, "intermediate_size": 1280, "num_heads": 4,
-        "fullatt_block_indexes": [3],
-    },
-)  # fmt: skip
 MODES = {
     "per_sample": "sample by sample, loss over all positions (as TinyVLA)",
     "per_sample_trl": "sample by sample, TRL's fused head",
@@ -79,197 +67,155 @@ class BenchTrainConfig:
     seed: int = 0
 
 
-@dataclass
-class Measurement:
-    """Of one process."""
-
-    machine: str
-    step_s: list[float]
-    prepare_s: list[float]  # images, text and labels of a batch; part of step_s
-    peak_gib: float  # of the process, or on the GPU, of its tensors
-    before_gib: float  # the same before the first step: model and libraries
-    loss: float  # of the batch without augmentation, before the first step
-
-
 def bench_train(config: BenchTrainConfig) -> dict[str, Any]:
     """Measures, prints a table, writes `train.json` and returns the results.
 
     Raises:
         ValueError: a name or number that is not allowed.
     """
-    for name in ("batch_size", "steps", "repeats"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name}={getattr(config, name)} must be at least 1.")
-    check_names("modes", config.modes, MODES)
-    if config.model not in SHAPES:
-        raise ValueError(f"model={config.model!r} is none of {', '.join(SHAPES)}.")
+    common.check_counts(config, "batch_size", "steps", "repeats")
+    common.check_names("modes", config.modes, MODES)
+    if config.model not in common.SHAPES:
+        raise ValueError(f"model={config.model!r} is none of {', '.join(common.SHAPES)}.")
     modes = list(config.modes)
     if "per_sample_trl" in modes and find_spec("trl") is None:
         modes.remove("per_sample_trl")
         print('per_sample_trl is left out: it needs trl (pip install "lerobot_policy_vla0[sft]").')
-    measured: dict[str, list[Measurement]] = {mode: [] for mode in modes}
-    for _ in range(config.repeats):
-        for mode in modes:
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-                measured[mode].append(process.submit(measure, config, SHAPES[config.model], mode).result())
-    rows = [_row(mode, config.batch_size, measurements) for mode, measurements in measured.items()]
-    for row in rows:
-        row["speedup"] = row["samples_per_s"] / rows[0]["samples_per_s"]
-        row["memory"] = row["peak_gib"] / rows[0]["peak_gib"]
-        row["prepare_speedup"] = rows[0]["prepare_ms"] / row["prepare_ms"]
-    packages = ("lerobot_policy_vla0", "torch", "torchvision", "transformers")
-    result = {
-        "model": config.model,
-        "machine": measured[modes[0]][0].machine,
-        "versions": {name: version(name) for name in packages},
-        "settings": json.loads(json.dumps(asdict(config), default=str)),
-        "results": rows,
-    }
-    print(f"{config.model}: {result['machine']}, batch {config.batch_size}, {rows[0]['steps']} steps each")
-    _print_table(rows)
-    out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "train.json").write_text(json.dumps(result, indent=2))
-    print(f"Wrote {out / 'train.json'}")
+    steps = []
+    for mode in modes * config.repeats:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+            steps += process.submit(measure, config, common.SHAPES[config.model], mode).result()
+    machine = steps[0]["machine"]
+    rows = _summarize(pd.DataFrame(steps), config.batch_size)
+    print(f"{config.model}: {machine}, batch {config.batch_size}, {rows['steps'][0]} steps each")
+    _print_rows(rows)
+    result = common.write_results(Path(config.out) / "train.json", config, machine, rows)
+    print(f"Wrote {Path(config.out) / 'train.json'}")
     return result
 
 
-# ------------------------------------------------------------------------------------------- what is measured
+def measure(config: BenchTrainConfig, shape: common.Shape, mode: str) -> list[dict[str, Any]]:
+    """Trains for a few steps in this process.
 
-
-def measure(config: BenchTrainConfig, shape: tuple[dict, dict], mode: str) -> Measurement:
-    """Trains for a few steps in this process."""
-    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    config.dtype = config.dtype or ("float32" if device == "cpu" else "bfloat16")
-    SHAPES[config.model] = shape  # a process of its own has only this module's
-    policy = random_policy(config, device)
+    Returns:
+        for each timed step `step_s` and `prepare_s`, the part of it for images, text and labels; and, equal
+        for all, `mode`, `machine`, `loss` (of the batch without augmentation, before the first step), and
+        `before_gib` and `peak_gib`, the most memory that the process (on a GPU, its tensors) had before the
+        first step and at the end.
+    """
+    device = common.choose_device(config.device)
+    dtype = config.dtype or ("float32" if device == "cpu" else "bfloat16")
+    policy = common.random_policy(shape, config.seed, device=device, dtype=dtype)
+    fused = {}
     if mode == "per_sample_trl":
         from trl.trainer.utils import add_fused_lm_head
 
         # As SFTTrainer adds it.
         add_fused_lm_head(policy.model, outputs=("log_probs", "entropy", "is_top1"))
-    images, tasks, bins = _samples(policy, config)
-    loss_of: Callable[[Any], Tensor]
-    if mode == "ours":
+        fused = {"fused_lm_head": True}
+    batch = make_batch(policy, config)
 
-        def prepare() -> Any:
-            cameras = {key: image.to(device) for key, image in images.items()}
-            return policy.training_inputs({**cameras, "task": tasks, "action": bins.to(device)})
+    def prepare() -> tuple[Any, ...]:
+        if mode == "ours":
+            moved = {key: value.to(device) for key, value in batch.items() if isinstance(value, Tensor)}
+            generator = augmentation_generator() if policy.training else None
+            return policy.examples.training_examples(batch | moved, generator)
+        inputs, labels = per_sample_inputs(policy, batch, augment=policy.training)
+        return {key: value.to(device) for key, value in inputs.items()}, labels.to(device)
 
-        def loss_of(example: Any) -> Tensor:
-            return policy.example_loss(*example)[0]
+    def loss_of(inputs: dict[str, Tensor], labels: Tensor, *places: Tensor) -> Tensor:
+        if mode == "ours":
+            return policy.example_loss(inputs, labels, *places)[0]
+        return policy.model(**inputs, labels=labels, use_cache=False, **fused).loss
 
-    else:
-
-        def prepare() -> Any:
-            inputs, labels = per_sample_inputs(policy, images, tasks, bins, augment=policy.training)
-            return {k: v.to(device) for k, v in inputs.items()}, labels.to(device)
-
-        def loss_of(example: Any) -> Tensor:
-            inputs, labels = example
-            fused = {"fused_lm_head": True} if mode == "per_sample_trl" else {}
-            return policy.model(**inputs, labels=labels, use_cache=False, **fused).loss
-
-    before = _memory_gib(device)
+    of_process = {"mode": mode, "machine": common.describe(policy), "before_gib": _memory_gib(device)}
     with torch.no_grad():
-        loss = loss_of(prepare()).item()
+        of_process["loss"] = loss_of(*prepare()).item()
     policy.train()
     optimizer = torch.optim.AdamW(policy.get_optim_params(), lr=1e-5)
     random.seed(config.seed)
     torch.manual_seed(config.seed)
-    result = Measurement(describe(policy), [], [], 0.0, before, loss)
-    for step in range(config.steps + 1):
-        synchronize(policy)
+    steps = []
+    for _ in range(config.steps + 1):
+        common.synchronize(policy)
         start = time.perf_counter()
-        example = prepare()
-        synchronize(policy)
+        examples = prepare()
+        common.synchronize(policy)
         prepared = time.perf_counter()
-        loss_of(example).backward()
+        loss_of(*examples).backward()
         optimizer.step()
         optimizer.zero_grad()
-        synchronize(policy)
-        if step:  # the first one allocates
-            result.step_s.append(time.perf_counter() - start)
-            result.prepare_s.append(prepared - start)
-    result.peak_gib = _memory_gib(device)
-    return result
+        common.synchronize(policy)
+        steps.append({"step_s": time.perf_counter() - start, "prepare_s": prepared - start})
+    of_process["peak_gib"] = _memory_gib(device)
+    return [of_process | step for step in steps[1:]]  # the first one allocates
 
 
-def _samples(policy: VLA0Policy, config: BenchTrainConfig) -> tuple[dict[str, Tensor], list[str], Tensor]:
-    """A batch as LeRobotDataset's items make it: float images (B, 3, 256, 256) in [0, 1] per camera, tasks,
-    bins (B, H, D)."""
+def make_batch(policy: VLA0Policy, config: BenchTrainConfig) -> dict[str, Any]:
+    """A batch for the policy: images float (B, 3, 256, 256) in [0, 1], tasks, action bins (B, H, D)."""
     generator = torch.Generator().manual_seed(config.seed)
-    rows, horizon = config.batch_size, policy.config.chunk_size
-    # Smooth pictures: noise would make the conversion to HSV cheaper or dearer than photographs.
-    coarse = torch.rand(len(policy.config.camera_keys), rows, 3, 16, 16, generator=generator)
-    smooth = [torch.nn.functional.interpolate(c, (256, 256), mode="bilinear") for c in coarse]
-    images = {
-        key: (image * 255).round() / 255 for key, image in zip(policy.config.camera_keys, smooth, strict=True)
+    rows, keys = config.batch_size, policy.config.camera_keys
+    # Smooth pictures: colour jitter's conversion to HSV takes another time for noise than for photographs.
+    coarse = torch.rand(len(keys), rows, 3, 16, 16, generator=generator)
+    smooth = [torch.nn.functional.interpolate(camera, (256, 256), mode="bilinear") for camera in coarse]
+    shape = (rows, policy.config.chunk_size, policy.examples.action_dim)
+    return {key: (images * 255).round() / 255 for key, images in zip(keys, smooth, strict=True)} | {
+        "task": [INSTRUCTIONS[i % len(INSTRUCTIONS)] for i in range(rows)],
+        "action": torch.randint(policy.config.num_bins + 1, shape, generator=generator),
     }
-    tasks = [INSTRUCTIONS[i % len(INSTRUCTIONS)] for i in range(rows)]
-    shape = (rows, horizon, policy.action_dim)
-    return images, tasks, torch.randint(policy.config.num_bins + 1, shape, generator=generator)
 
 
 def per_sample_inputs(
-    policy: VLA0Policy, images: dict[str, Tensor], tasks: list[str], bins: Tensor, augment: bool
+    policy: VLA0Policy, batch: dict[str, Any], augment: bool
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """The same example as `policy.training_inputs`, prepared sample by sample from PIL images.
-
-    Args:
-        images: float (B, 3, H, W) in [0, 1] per camera.
-        augment: random crop, colour jitter and masked action text.
-
-    Returns:
-        (model inputs, labels (B, T)), on the CPU.
-    """
-    config, processor = policy.config, policy.vlm_processor
-    system = policy.chat.system_prompt
-    tail = processor.tokenizer.decode(policy.chat.tail_ids)
-    pad = processor.tokenizer.pad_token_id
-    examples = []
-    for row, task in enumerate(tasks):
+    """The inputs and labels (B, T) of `ExampleMaker.training_examples`, prepared sample by sample from PIL
+    images on the CPU. `augment`: random crop, colour jitter and masked action text."""
+    config, processor, chat = policy.config, policy.vlm_processor, policy.examples.chat
+    tokenizer = processor.tokenizer
+    tail = tokenizer.decode(chat.tail_ids)
+    samples, all_labels = [], []
+    for row, task in enumerate(batch["task"]):
         views = []
         for key in config.camera_keys:
-            view = v2.functional.to_pil_image(images[key][row])
+            view = v2.functional.to_pil_image(batch[key][row])
             side = int(view.height * config.crop_ratio)
             view = (v2.RandomCrop(side) if augment else v2.CenterCrop(side))(view)
             view = v2.Resize([config.image_size] * 2)(view)
             views.append(v2.ColorJitter(*config.jitter)(view) if augment else view)
         picture = Image.fromarray(np.concatenate([np.asarray(view) for view in views], axis=1))
-        answer = " ".join(map(str, bins[row].flatten().tolist()))
+        answer = " ".join(map(str, batch["action"][row].flatten().tolist()))
         messages = [
-            {"role": "system", "content": [{"type": "text", "text": system}]},
-            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": task}]},
+            *chat.messages(task),
             {"role": "assistant", "content": [{"type": "text", "text": answer}]},
         ]
         text = processor.apply_chat_template(messages, tokenize=False, add_vision_id=config.add_vision_id)
-        example = processor(
+        sample = processor(
             text=[text], images=[picture], images_kwargs={"do_resize": False}, return_tensors="pt"
         )
-        ids = example["input_ids"][0]
+        ids = sample["input_ids"][0]
         labels = torch.full_like(ids, IGNORE)
-        supervised = len(processor.tokenizer.encode(answer + tail, add_special_tokens=False))
+        supervised = len(tokenizer.encode(answer + tail, add_special_tokens=False))
         labels[-supervised:] = ids[-supervised:]
         if augment and random.random() >= config.action_mask_skip_prob:
             hidden = random.sample(
-                range(supervised - len(policy.chat.tail_ids)),
+                range(supervised - len(chat.tail_ids)),
                 int(random.uniform(0, config.action_mask_prob) * len(answer)),
             )
             places = torch.tensor(hidden, dtype=torch.long) + len(ids) - supervised
-            ids[places] = processor.tokenizer.convert_tokens_to_ids(MASK_CHARACTER)
+            ids[places] = tokenizer.convert_tokens_to_ids(MASK_CHARACTER)
             labels[places] = IGNORE
-        examples.append((ids, labels, example))
-    ids = torch.nn.utils.rnn.pad_sequence([e[0] for e in examples], batch_first=True, padding_value=pad)
-    labels = torch.nn.utils.rnn.pad_sequence([e[1] for e in examples], batch_first=True, padding_value=IGNORE)
+        samples.append(sample)
+        all_labels.append(labels)
+    rows = [sample["input_ids"][0] for sample in samples]
+    ids = pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
     inputs = {
         "input_ids": ids,
-        "attention_mask": (torch.arange(ids.shape[1]) < torch.tensor([[len(e[0])] for e in examples])).long(),
+        "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
         "mm_token_type_ids": (ids == processor.image_token_id).int(),
-        "pixel_values": torch.cat([e[2]["pixel_values"] for e in examples]),
-        "image_grid_thw": torch.cat([e[2]["image_grid_thw"] for e in examples]),
+        "pixel_values": torch.cat([sample["pixel_values"] for sample in samples]),
+        "image_grid_thw": torch.cat([sample["image_grid_thw"] for sample in samples]),
     }
-    return inputs, labels
+    return inputs, pad_sequence(all_labels, batch_first=True, padding_value=IGNORE)
 
 
 def _memory_gib(device: str) -> float:
@@ -278,32 +224,35 @@ def _memory_gib(device: str) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
 
 
-# ----------------------------------------------------------------------------------------------------- report
+def _summarize(steps: pd.DataFrame, batch_size: int) -> pd.DataFrame:
+    """One row per mode; the first mode is what the others are compared with."""
+    modes = steps.groupby("mode", sort=False)
+    rows = modes.agg(steps=("step_s", "size"), loss=("loss", "first"))
+    rows["samples_per_s"] = batch_size / modes["step_s"].median()
+    rows["samples_per_s_min"] = batch_size / modes["step_s"].max()
+    rows["samples_per_s_max"] = batch_size / modes["step_s"].min()
+    rows["prepare_ms"] = 1000 * modes["prepare_s"].median() / batch_size
+    rows[["peak_gib", "before_gib"]] = modes[["peak_gib", "before_gib"]].max()
+    rows["speedup"] = rows["samples_per_s"] / rows["samples_per_s"].iloc[0]
+    rows["memory"] = rows["peak_gib"] / rows["peak_gib"].iloc[0]
+    rows["prepare_speedup"] = rows["prepare_ms"].iloc[0] / rows["prepare_ms"]
+    return rows.reset_index()
 
 
-def _row(mode: str, batch_size: int, measurements: list[Measurement]) -> dict[str, Any]:
-    steps = [seconds for m in measurements for seconds in m.step_s]
-    return {
-        "mode": mode,
-        "steps": len(steps),
-        "samples_per_s": batch_size / median(steps),
-        "samples_per_s_min": batch_size / max(steps),
-        "samples_per_s_max": batch_size / min(steps),
-        "prepare_ms": 1000 * median(s for m in measurements for s in m.prepare_s) / batch_size,
-        "peak_gib": max(m.peak_gib for m in measurements),
-        "before_gib": max(m.before_gib for m in measurements),
-        "loss": measurements[0].loss,
-    }
-
-
-def _print_table(rows: list[dict[str, Any]]) -> None:
-    print(f"  {'mode':16}{'samples/s (min–max)':>24}{'speed':>8}{'prepare, ms a sample':>23}", end="")
-    print(f"{'peak memory, GiB':>24}{'loss':>11}")
-    for row in rows:
-        rate = f"{row['samples_per_s']:.2f} ({row['samples_per_s_min']:.2f}–{row['samples_per_s_max']:.2f})"
-        prepare = f"{row['prepare_ms']:.1f} ({row['prepare_speedup']:.1f}× faster)"
-        memory = f"{row['peak_gib']:.2f} ({row['memory']:.2f}×)"
-        print(f"  {row['mode']:16}{rate:>24}{row['speedup']:>7.2f}×{prepare:>23}{memory:>24}", end="")
-        print(f"{row['loss']:>11.6f}")
-    for row in rows:
-        print(f"  {row['mode']}: {MODES[row['mode']]}; {row['before_gib']:.2f} GiB before the first step")
+def _print_rows(rows: pd.DataFrame) -> None:
+    common.print_table(
+        pd.DataFrame(
+            {
+                "mode": row.mode,
+                "samples/s (min–max)": f"{row.samples_per_s:.2f} "
+                f"({row.samples_per_s_min:.2f}–{row.samples_per_s_max:.2f})",
+                "speed": f"{row.speedup:.2f}×",
+                "prepare, ms a sample": f"{row.prepare_ms:.1f} ({row.prepare_speedup:.1f}× faster)",
+                "peak memory, GiB": f"{row.peak_gib:.2f} ({row.memory:.2f}×)",
+                "loss": f"{row.loss:.6f}",
+            }
+            for row in rows.itertuples()
+        )
+    )
+    for row in rows.itertuples():
+        print(f"  {row.mode}: {MODES[row.mode]}; {row.before_gib:.2f} GiB before the first step")

@@ -136,7 +136,7 @@ def read_chat(agent: Agent, observation: dict[str, Any], instruction: str) -> li
     return [*turns, Turn("assistant", [examples.codec.to_text(timestep) for timestep in chunk], [])]
 
 
-def wrap(parts: list[str], columns: int) -> list[tuple[int, int, str, str]]:
+def _wrap(parts: list[str], columns: int) -> list[tuple[int, int, str, str]]:
     """Breaks a text into lines of at most `columns` characters: (row, column, word, colour) of every word."""
     placed, row, column = [], 0, 0
     for i, part in enumerate(parts):
@@ -184,7 +184,7 @@ def draw(rollout: Rollout, steps: list[int], shown: int, chat: list[Turn]) -> Im
             width = PICTURE * pixels.shape[1] / pixels.shape[0]
             show(left, y + GAP, width, PICTURE, pixels, color=HIGHLIGHT, linewidth=2)
             left += width + GAP
-        words = wrap(turn.parts, int((WIDTH - MARGIN - GAP - left) / CHARACTER))
+        words = _wrap(turn.parts, int((WIDTH - MARGIN - GAP - left) / CHARACTER))
         for row, column, word, color in words:
             x, top = left + column * CHARACTER, y + GAP + row * LINE
             write(x, top, word, fontsize=FONT_SIZE, family="DejaVu Sans Mono", color=color)

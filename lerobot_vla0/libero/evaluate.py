@@ -129,7 +129,7 @@ def evaluate(config: EvalConfig) -> Path:
             tqdm(total=len(keys), initial=len(finished), desc="Evaluating", unit="episode") as progress,
         ):
             for suite, task, group in batches:
-                rows = [row for row in runner.run(suite, task, group) if key_of(row) not in done]
+                rows = [row for row in runner.run_batch(suite, task, group) if key_of(row) not in done]
                 _append(Path(config.out) / f"episodes-{config.part}of{config.parts}.jsonl", rows)
                 finished += rows
                 rate = 100 * sum(row["success"] for row in finished) / len(finished)
@@ -244,7 +244,7 @@ class _Runner:
             self.env.close()
             self.env = self.current_task = None
 
-    def run(self, suite: str, task: int, episodes: tuple[int, ...]) -> list[dict[str, Any]]:
+    def run_batch(self, suite: str, task: int, episodes: tuple[int, ...]) -> list[dict[str, Any]]:
         """Plays one batch of episodes; returns one row of the results for each."""
         from lerobot.scripts.lerobot_eval import rollout
 

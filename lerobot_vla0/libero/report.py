@@ -89,7 +89,7 @@ def write_report(folder: Path) -> Path:
     expected = settings["episodes_in_all"]
     if len(episodes) < expected:
         lines += ["", f"Unfinished: {len(episodes)} of {expected} episodes."]
-    plot(groups, folder / "report.png", settings["stand_in_assets"])
+    plot_success_rates(groups, folder / "report.png", settings["stand_in_assets"])
     lines += ["", "![success by task](report.png)", "", "## Settings", ""]
     lines += ["```json", json.dumps(settings, indent=2), "```", ""]
     (folder / "report.md").write_text("\n".join(lines))
@@ -111,7 +111,7 @@ def table_row(suite: str, task: str, rows: list[Episode]) -> str:
     return f"| {suite} | {task} | {successes}/{len(rows)} = {rate:.1f} % | {low:.1f}–{high:.1f} % | {mean} |"
 
 
-def plot(groups: dict[str, dict[int, list[Episode]]], path: Path, stand_ins: bool) -> None:
+def plot_success_rates(groups: dict[str, dict[int, list[Episode]]], path: Path, stand_ins: bool) -> None:
     """Success rate of every task with its interval, one colour per suite."""
     from matplotlib.figure import Figure
 
