@@ -22,19 +22,22 @@ class ActionCodec:
             raise ValueError(f"num_bins must be at least 2, got {num_bins}.")
         self.num_bins = num_bins
 
-    def encode(self, actions: Tensor) -> tuple[Tensor, Tensor]:
+    def encode(self, actions: Tensor, name: str = "action") -> tuple[Tensor, Tensor]:
         """Actions (any shape, normalised to [-1, 1]) → (bins, clipped), both of the same shape.
 
         `bins` is int64 in 0..num_bins; `clipped` is True where the action lay outside the grid and was moved
         to its edge (values within half a bin of the edge are rounding, not clipping).
 
+        Args:
+            name: what the numbers are, for the error.
+
         Raises:
-            ValueError: an action is NaN or infinite.
+            ValueError: a number is NaN or infinite.
         """
         if not torch.isfinite(actions).all():
             bad = (~torch.isfinite(actions)).nonzero()[0].tolist()
             raise ValueError(
-                f"action contains NaN or inf (first at index {bad} of shape {tuple(actions.shape)}): "
+                f"{name} contains NaN or inf (first at index {bad} of shape {tuple(actions.shape)}): "
                 "it cannot be written as an integer. Remove or repair these frames in the data set."
             )
         grid = ((actions.float() + 1) / 2 * self.num_bins).round()

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from lerobot.configs import PreTrainedConfig
 from lerobot.envs.utils import preprocess_observation
-from lerobot.policies.factory import make_pre_post_processors
 from lerobot.processor import PolicyProcessorPipeline
 
 from .modeling_vla0 import VLA0Policy
+from .processor_vla0 import load_processors
 
 
 class Agent:
@@ -48,13 +48,7 @@ class Agent:
             pretrained_name_or_path, revision=revision, cli_overrides=arguments
         )
         policy = VLA0Policy.from_pretrained(pretrained_name_or_path, config=config, revision=revision)
-        processors = make_pre_post_processors(
-            config,
-            pretrained_path=str(pretrained_name_or_path),
-            pretrained_revision=revision,
-            preprocessor_overrides={"device_processor": {"device": config.device}},
-        )
-        return cls(policy, *processors)
+        return cls(policy, *load_processors(config, pretrained_name_or_path, revision))
 
     def reset(self, rows: list[int] | None = None) -> None:
         """Forgets queued actions; call at the start of every episode. `rows`: of a vector of environments,

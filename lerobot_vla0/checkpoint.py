@@ -16,10 +16,11 @@ from typing import Any, Literal
 
 from huggingface_hub import hf_hub_download, snapshot_download
 from lerobot.configs import PreTrainedConfig
-from lerobot.utils.constants import POLICY_POSTPROCESSOR_DEFAULT_NAME
+from lerobot.utils.constants import POLICY_POSTPROCESSOR_DEFAULT_NAME, POLICY_PREPROCESSOR_DEFAULT_NAME
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
-from .task_stats import check_action_statistics
+from .task_stats import check_action_statistics, check_state_statistics
 
 VLM_FOLDER = "vlm"  # config, tokenizer and image processor of the VLM
 WEIGHTS = "model.safetensors"
@@ -123,7 +124,7 @@ def check_checkpoint(
     Raises:
         FileNotFoundError: weights, VLM config or the file of the statistics are missing.
         ValueError: the action dimension or `num_bins` differ from the checkpoint's, or its statistics lack
-            the action's range.
+            the range of the action, or of the state that it uses, or hold one that is not finite.
     """
     for name in (*([WEIGHTS] if weights else []), f"{VLM_FOLDER}/config.json"):
         if not (folder / name).is_file():
@@ -156,10 +157,19 @@ def check_checkpoint(
             f"{folder} holds weights only: {postprocessor.name} (statistics of the actions) is missing."
         )
         return
-    stats: dict[str, dict[str, bool]] = {}
-    for step in json.loads(postprocessor.read_text())["steps"]:
-        state_file = step.get("state_file")
-        if step.get("registry_name") != "unnormalizer_processor" or state_file is None:
+    check_action_statistics(saved, _statistics(postprocessor), str(postprocessor))
+    preprocessor = folder / f"{POLICY_PREPROCESSOR_DEFAULT_NAME}.json"
+    if preprocessor.is_file():
+        check_state_statistics(saved, _statistics(preprocessor), str(preprocessor))
+
+
+def _statistics(processor: Path) -> dict[str, dict[str, Tensor]]:
+    """Those of a saved processor's normaliser, {feature: {statistic: values}}."""
+    folder, stats = processor.parent, {}
+    for step in json.loads(processor.read_text())["steps"]:
+        # LeRobot's step has a registry name; ours of `action_norm="task"` the name of its class.
+        name, state_file = step.get("registry_name") or step.get("class", ""), step.get("state_file")
+        if not name.endswith("normalizer_processor") or state_file is None:
             continue
         if not (folder / state_file).is_file():
             raise FileNotFoundError(
@@ -169,5 +179,5 @@ def check_checkpoint(
         with safe_open(folder / state_file, framework="pt") as state:
             for key in state.keys():  # noqa: SIM118 (not a dict)
                 feature, _, statistic = key.rpartition(".")
-                stats.setdefault(feature, {})[statistic] = True
-    check_action_statistics(saved, stats, str(postprocessor))
+                stats.setdefault(feature, {})[statistic] = state.get_tensor(key)
+    return stats

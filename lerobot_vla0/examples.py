@@ -154,7 +154,8 @@ class ExampleMaker:
         return Observation(
             [batch[key] for key in keys],
             tasks,
-            batch[OBS_STATE] if config.use_state else None,
+            # Of one number: LeRobot's data have (B,), which its preprocessor takes for one row, (1, B).
+            batch[OBS_STATE].reshape(rows, -1) if config.use_state else None,
             batch[TASK_RANGE] if by_task else None,
         )
 
@@ -175,7 +176,7 @@ class ExampleMaker:
         """B instructions, each followed by the state as integers if the policy uses it."""
         if observation.state is None:
             return observation.tasks
-        bins, _ = self.codec.encode(observation.state)
+        bins, _ = self.codec.encode(observation.state, OBS_STATE)
         states = map(self.codec.to_text, bins)
         return [f"{task}\nState: {state}" for task, state in zip(observation.tasks, states, strict=True)]
 

@@ -24,7 +24,7 @@ from .decoding.server import ServerDecoder
 from .examples import ExampleMaker, augmentation_generator
 from .loss import answer_loss
 from .processor_vla0 import ACTION_CLIPPED
-from .task_stats import STATISTICS, add_task_statistics
+from .training_data import prepare_data
 
 
 class VLA0Policy(PreTrainedPolicy):
@@ -38,8 +38,7 @@ class VLA0Policy(PreTrainedPolicy):
         config: with `input_features` and `output_features` filled in (LeRobot's `make_policy` does).
         vlm_folder: build the VLM, without weights, from this folder instead of loading `config.vlm`.
         dataset_stats: given by LeRobot; not used, statistics live in the processors.
-        dataset_meta: given by LeRobot; with `action_norm="task"`, the statistics of each task are added to
-            `dataset_meta.stats`, which the processors get.
+        dataset_meta: given by LeRobot's trainer; see `training_data.prepare_data`.
 
     Attributes:
         examples: makes the VLM's inputs and labels of a batch.
@@ -58,10 +57,9 @@ class VLA0Policy(PreTrainedPolicy):
         **kwargs: Any,
     ) -> None:
         super().__init__(config)
+        if dataset_meta is not None:
+            prepare_data(config, dataset_meta)
         config.validate_features()
-        if config.action_norm == "task" and dataset_meta is not None:
-            names = STATISTICS[config.normalization_mapping["ACTION"]]
-            add_task_statistics(dataset_meta, names, config.num_bins)
         if config.server is None:
             self.model, self.vlm_processor = backbone.make_vlm(config, vlm_folder)
             # LeRobot 0.6.2 reads it from the class, but the name depends on the VLM.

@@ -9,9 +9,10 @@ override them (with `action_norm="task"`, a subclass of its normaliser). The sav
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from lerobot.configs import FeatureType, PipelineFeatureType, PolicyFeature
+from lerobot.configs import PipelineFeatureType, PolicyFeature
 from lerobot.lerobot_types import EnvTransition, PolicyAction, TransitionKey
 from lerobot.processor import (
     PolicyActionProcessorStep,
@@ -21,6 +22,7 @@ from lerobot.processor import (
     make_default_policy_processor_steps,
     make_policy_processor_pipelines,
 )
+from lerobot.utils.constants import ACTION, OBS_STATE
 
 from .action_codec import ActionCodec
 from .configuration_vla0 import VLA0Config
@@ -34,8 +36,8 @@ Features = dict[PipelineFeatureType, dict[str, PolicyFeature]]
 @dataclass
 @ProcessorStepRegistry.register(name="vla0_action_encoder_processor")
 class VLA0ActionEncoderStep(ProcessorStep):
-    """Normalised actions (B, H, D) in [-1, 1] → int64 bins 0..num_bins, and ACTION_CLIPPED. Leaves a batch
-    without actions, as in evaluation, as it is."""
+    """Normalised actions (B, H, D) in [-1, 1] → int64 bins 0..num_bins, and ACTION_CLIPPED. LeRobot's data
+    have (B, H) where D is 1. Leaves a batch without actions, as in evaluation, as it is."""
 
     num_bins: int = 1000
 
@@ -43,7 +45,7 @@ class VLA0ActionEncoderStep(ProcessorStep):
         action = transition.get(TransitionKey.ACTION)
         if action is None:
             return transition
-        bins, clipped = ActionCodec(self.num_bins).encode(action)
+        bins, clipped = ActionCodec(self.num_bins).encode(action[..., None] if action.ndim == 2 else action)
         extra = {**(transition.get(TransitionKey.COMPLEMENTARY_DATA) or {})}
         extra[ACTION_CLIPPED] = clipped.float().flatten(1).mean(1)  # (B,)
         return {**transition, TransitionKey.ACTION: bins, TransitionKey.COMPLEMENTARY_DATA: extra}
@@ -72,6 +74,35 @@ class VLA0ActionDecoderStep(PolicyActionProcessorStep):
         return features
 
 
+def used_features(config: VLA0Config) -> dict[str, PolicyFeature]:
+    """The cameras, the action, and the state if it is shown: the features that are normalised. Others may
+    have another shape where the policy acts than they had in training, or none."""
+    features = {**config.input_features, **config.output_features}
+    used = {*config.camera_keys, ACTION, *([OBS_STATE] if config.use_state else [])}
+    return {key: feature for key, feature in features.items() if key in used}
+
+
+def load_processors(
+    config: VLA0Config, path: str | Path, revision: str | None = None
+) -> tuple[
+    PolicyProcessorPipeline[dict[str, Any], dict[str, Any]],
+    PolicyProcessorPipeline[PolicyAction, PolicyAction],
+]:
+    """Pre- and post-processor of a checkpoint, on `config.device`. Earlier versions of this package saved
+    preprocessors that normalise all features; here, as in new checkpoints, only those are that are used."""
+    from lerobot.policies.factory import make_pre_post_processors  # imports this module
+
+    return make_pre_post_processors(
+        config,
+        pretrained_path=str(path),
+        pretrained_revision=revision,
+        preprocessor_overrides={
+            "device_processor": {"device": str(config.device)},
+            "normalizer_processor": {"features": used_features(config)},
+        },
+    )
+
+
 def make_vla0_pre_post_processors(
     config: VLA0Config, dataset_stats: dict[str, dict[str, Any]] | None = None
 ) -> tuple[
@@ -86,27 +117,22 @@ def make_vla0_pre_post_processors(
             with `action_norm="task"` also those of `task_stats.add_task_statistics`.
 
     Raises:
-        ValueError: statistics of the action, or of tasks, are missing.
+        ValueError: statistics of the action, of tasks, or of the state if it is used, are missing, not
+            finite, or of another length.
     """
     # Imported here: task_stats imports lerobot.processor, and the import of that registers this module.
     from .task_stats import (
-        STATISTICS,
         check_action_statistics,
+        check_state_statistics,
         check_task_statistics,
         normalizer_processor,
     )
 
     check_action_statistics(config, dataset_stats, "dataset_stats")
-    if config.use_state:
-        needed = STATISTICS[config.normalization_mapping[FeatureType.STATE.value]]
-        found = sorted(dataset_stats.get("observation.state", {}))
-        if any(name not in found for name in needed):
-            raise ValueError(
-                f"use_state=True needs the statistics {needed} of observation.state, found {found}. "
-                "Set use_state=false, or compute the data set's statistics."
-            )
+    check_state_statistics(config, dataset_stats, "dataset_stats")
     steps = make_default_policy_processor_steps(config, dataset_stats)
     normalize = steps.normalize
+    normalize.features = used_features(config)
     if config.action_norm == "task":
         check_task_statistics(dataset_stats)
         normalize = normalizer_processor(normalize.features, normalize.norm_map, dataset_stats)

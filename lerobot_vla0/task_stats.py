@@ -7,15 +7,17 @@ treats as its own: resuming keeps the checkpoint's, fine-tuning on another data 
 
 import logging
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from lerobot.configs import FeatureType, NormalizationMode, PreTrainedConfig
+from lerobot.configs import FeatureType, NormalizationMode, PolicyFeature, PreTrainedConfig
 from lerobot.lerobot_types import EnvTransition, TransitionKey
 from lerobot.processor import NormalizerProcessorStep
-from lerobot.utils.constants import ACTION
+from lerobot.utils.constants import ACTION, OBS_STATE
 from torch import Tensor
 
 PREFIX = f"{ACTION}.task."
@@ -34,8 +36,8 @@ QUANTILES = {"min": 0.0, "max": 1.0, "q01": 0.01, "q99": 0.99, "q10": 0.1, "q90"
 def check_action_statistics(
     config: PreTrainedConfig, stats: dict[str, dict[str, Any]] | None, where: str
 ) -> None:
-    """Raises ValueError if the statistics that un-normalise actions are missing: without them, a robot would
-    get numbers in [-1, 1] as commands."""
+    """Raises ValueError if the statistics that un-normalise actions, of the data set or of a task, are
+    missing or cannot be used: a robot would get numbers in [-1, 1], or inf, as commands."""
     needed = STATISTICS[config.normalization_mapping["ACTION"]]
     found = sorted((stats or {}).get(ACTION, {}))
     missing = [name for name in needed if name not in found]
@@ -46,6 +48,74 @@ def check_action_statistics(
             "on (quantiles: LeRobot's augment_dataset_quantile_stats.py adds them), or from "
             "policy_postprocessor*.safetensors of a trained checkpoint given with --policy.path."
         )
+    for key in stats:
+        if key == ACTION or key.startswith(PREFIX):
+            check_values(stats[key], needed, config.action_feature, f"{where}: {key!r}")
+
+
+def check_values(
+    statistics: dict[str, Any], needed: tuple[str, str], feature: PolicyFeature | None, where: str
+) -> None:
+    """Raises ValueError unless the lower and the upper statistic are finite, in order, and as long as the
+    feature (None: of any length)."""
+    low, high = (torch.as_tensor(statistics[name]).double().flatten() for name in needed)
+    for name, values in zip(needed, (low, high), strict=True):
+        bad = (~values.isfinite()).nonzero().flatten().tolist()
+        if bad:
+            raise ValueError(
+                f"{where} has {name}={values[bad[0]].item()} in dimension {bad[0]}: it must be finite. "
+                "Repair or delete the episodes with such values, and compute the statistics again: "
+                "lerobot-edit-dataset --operation.type=recompute_stats"
+            )
+    size = len(low) if feature is None else feature.shape[0]
+    if len(low) != size or len(high) != size:
+        raise ValueError(
+            f"{where} has {len(low)} values of {needed[0]} and {len(high)} of {needed[1]}: there must be "
+            f"{size}, one per dimension. Compute the statistics of this data set."
+        )
+    if (low > high).any():
+        bad = (low > high).nonzero()[0].item()
+        raise ValueError(
+            f"{where} has {needed[0]}={low[bad].item():.6g} above {needed[1]}={high[bad].item():.6g} in "
+            f"dimension {bad}. Compute the statistics again."
+        )
+
+
+def check_state_statistics(
+    config: PreTrainedConfig, stats: dict[str, dict[str, Any]] | None, where: str
+) -> None:
+    """Raises ValueError if the policy uses the state and its statistics are missing or cannot be used."""
+    if not config.use_state:
+        return
+    needed = STATISTICS[config.normalization_mapping["STATE"]]
+    found = (stats or {}).get(OBS_STATE, {})
+    if any(name not in found for name in needed):
+        raise ValueError(
+            f"{where}: use_state=True needs the statistics {needed} of {OBS_STATE}, found {sorted(found)}. "
+            "Set use_state=false, or compute the data set's statistics."
+        )
+    check_values(found, needed, config.robot_state_feature, f"{where}: {OBS_STATE!r}")
+
+
+def frame_files(meta: Any) -> list[Path]:
+    """The parquet files of a data set's frames that are on disk: none of one that is streamed."""
+    return sorted((meta.root / "data").glob("*/*.parquet"))
+
+
+def vectors(table: pa.Table, key: str, dim: int) -> np.ndarray:
+    """A column of N vectors as (N, dim); LeRobot stores vectors of one number as numbers.
+
+    Raises:
+        ValueError: vectors of another length, or none in a row.
+    """
+    array = table[key].combine_chunks()
+    values = array.flatten() if pa.types.is_nested(array.type) else array
+    if len(values) != len(array) * dim:
+        raise ValueError(
+            f"{key} of {len(array)} frames on disk holds {len(values)} numbers in all: there must be {dim} "
+            "per frame. Record or convert the data set again."
+        )
+    return values.to_numpy(zero_copy_only=False).reshape(len(array), dim)
 
 
 def add_task_statistics(meta: Any, names: tuple[str, str], num_bins: int) -> None:
@@ -60,7 +130,7 @@ def add_task_statistics(meta: Any, names: tuple[str, str], num_bins: int) -> Non
     Raises:
         ValueError: no frames on disk (a streamed data set).
     """
-    files = sorted((meta.root / "data").glob("*/*.parquet"))
+    files = frame_files(meta)
     if not files:
         raise ValueError(
             f"action_norm='task' reads the actions of the data set, but {meta.root / 'data'} holds none (is "
@@ -68,8 +138,8 @@ def add_task_statistics(meta: Any, names: tuple[str, str], num_bins: int) -> Non
         )
     tables = [pq.read_table(file, columns=[ACTION, "task_index"]) for file in files]
     indices = np.concatenate([table["task_index"].to_numpy() for table in tables])
-    actions = np.concatenate([table[ACTION].combine_chunks().flatten().to_numpy() for table in tables])
-    actions = actions.reshape(len(indices), -1)
+    dim = np.size(meta.stats[ACTION][names[0]])
+    actions = np.concatenate([vectors(table, ACTION, dim) for table in tables])
     for task, index in meta.tasks["task_index"].items():
         own = actions[indices == index]
         if len(own):  # where only some episodes were downloaded, a task may have no frames

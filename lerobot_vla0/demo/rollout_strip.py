@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 from lerobot.envs.utils import preprocess_observation
-from lerobot.policies.factory import make_pre_post_processors
 from PIL import Image
 
 from ..agent import Agent
 from ..libero.env import LiberoEnv
 from ..modeling_vla0 import VLA0Policy
 from ..options import PolicyOptions
+from ..processor_vla0 import load_processors
 
 FRAME_SIZE = 256  # pixels per side of a frame, whatever the size of the images that the policy sees
 MAX_BYTES = 300_000
@@ -78,9 +78,8 @@ def rollout_strip(config: StripConfig) -> Path:
     start = {"init_state": config.init_state, "image_size": config.image_size}
     env = LiberoEnv(config.suite, config.task, assets=config.assets, **start)
     path = str(config.policy.pretrained_path)
-    overrides = {"device_processor": {"device": str(config.policy.device)}}
-    processors = make_pre_post_processors(config.policy, path, preprocessor_overrides=overrides)
-    agent = Agent(VLA0Policy.from_pretrained(path, config=config.policy), *processors)
+    policy = VLA0Policy.from_pretrained(path, config=config.policy)
+    agent = Agent(policy, *load_processors(config.policy, path))
     try:
         rollout = play_rollout(agent, env)
     finally:

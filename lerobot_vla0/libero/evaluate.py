@@ -201,7 +201,9 @@ class _Runner:
     """The policy, and the environments of one task at a time."""
 
     def __init__(self, config: EvalConfig) -> None:
-        from lerobot.policies.factory import make_policy, make_pre_post_processors
+        from lerobot.policies.factory import make_policy
+
+        from ..processor_vla0 import load_processors
 
         self.config, self.env, self.current_task = config, None, None
         env_config = self._env_config(config.suite_list[0], None)
@@ -213,11 +215,7 @@ class _Runner:
                 "observation.images.image and observation.images.image2."
             )
         self.policy = policy.eval()
-        self.preprocess, self.postprocess = make_pre_post_processors(
-            config.policy,
-            pretrained_path=str(config.policy.pretrained_path),
-            preprocessor_overrides={"device_processor": {"device": str(config.policy.device)}},
-        )
+        self.preprocess, self.postprocess = load_processors(config.policy, config.policy.pretrained_path)
         self.env_processors = env_config.get_env_processors()
 
     def _env_config(self, suite: str, task_ids: list[int] | None) -> VLA0LiberoEnv:

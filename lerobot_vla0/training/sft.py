@@ -11,38 +11,29 @@ together, so it does not depend on how a global batch is split. lerobot-train av
 """
 
 import logging
-import random
-import sys
-from collections.abc import Iterator
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import datasets
-import torch
-from huggingface_hub import HfApi, save_torch_state_dict
+from huggingface_hub import HfApi
 from lerobot.configs.default import PeftConfig
 from lerobot.configs.train import TrainPipelineConfig
 from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
 from lerobot.datasets.factory import make_dataset
 from lerobot.policies.factory import make_policy, make_pre_post_processors
-from safetensors.torch import load_file, load_model
-from torch.utils.data import default_collate
 from transformers import set_seed
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
-from .. import backbone
 from ..adapters import import_peft
-from ..checkpoint import ADAPTER_WEIGHTS, VLM_FOLDER, WEIGHTS
 from ..libero.assets import prepare_libero
 from ..libero.evaluate import EvalConfig, evaluate
 from ..libero.report import read_episodes
 from ..libero.suites import episodes_of_suites
 from ..modeling_vla0 import VLA0Policy
 from ..options import load_policy_config
-from ..processor_vla0 import ACTION_CLIPPED
-from .sft_options import Arguments, checkpoint_to_resume, parse
+from ..processor_vla0 import used_features
+from .sft_options import Arguments, parse
+from .trainer import VLA0Trainer
 
 
 def main(argv: list[str]) -> None:
@@ -58,13 +49,13 @@ def sft(arguments: Arguments) -> Path:
     Raises:
         FileExistsError: `output_dir` holds another run, and `resume_from_checkpoint` was not given.
         FileNotFoundError: there is no checkpoint to resume from.
-        ImportError: `use_lora` without peft, or `eval_after_train` without LIBERO.
-        ValueError: no episode is left to train on, or a setting that does not fit data or model.
+        ImportError: `use_lora` or an adapter without peft, or `eval_after_train` without LIBERO.
+        ValueError: nothing is left to train on, or a setting that does not fit data or model.
     """
     options, training, evaluation = arguments.options, arguments.training, arguments.evaluation
     checkpoint = checkpoint_to_resume(training)
     # Missing libraries or assets must show now, not after the download of the data or days of training.
-    if options.use_lora:
+    if options.use_lora or arguments.policy.use_peft:
         import_peft()
     if evaluation is not None and training.process_index == 0:
         for suite in evaluation.suite_list:
@@ -74,12 +65,17 @@ def sft(arguments: Arguments) -> Path:
     with training.main_process_first(desc="data set"):  # one download for all processes
         _choose_episodes(arguments)
         dataset = make_dataset(pipeline)
-    policy = make_policy(arguments.policy, ds_meta=dataset.meta)
-    processors = _processors(policy, dataset)
+    policy = make_policy(arguments.policy, ds_meta=dataset.meta, rename_map=pipeline.rename_map)
     adapter = None
-    if options.use_lora:
+    if arguments.policy.use_peft:  # --policy.path is an adapter, which LeRobot has put on its base
+        adapter, policy = policy, policy.get_base_model()
+        saved = adapter.active_peft_config
+        pipeline.peft = PeftConfig(method_type=saved.peft_type.value, r=saved.r, lora_alpha=saved.lora_alpha)
+    elif options.use_lora:
         lora = {**asdict(pipeline.peft), "lora_dropout": options.lora_dropout}
         adapter = policy.wrap_with_peft(peft_cli_overrides=lora)
+    policy.get_optim_params()  # refuses weights that are not there or cannot be trained
+    processors = _processors(policy, dataset, pipeline.rename_map)
     trainer = VLA0Trainer(training, pipeline, dataset, policy.train(), processors, adapter)
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     if trainer.is_world_process_zero():
@@ -88,6 +84,13 @@ def sft(arguments: Arguments) -> Path:
             f"{dataset.num_episodes} episodes, {dataset.num_frames:,} frames"
         )
     trainer.train(resume_from_checkpoint=checkpoint)
+    if trainer.state.global_step == 0:
+        raise ValueError(
+            f"nothing was trained: {dataset.num_frames} frames make no step of per_device_train_batch_size="
+            f"{training.per_device_train_batch_size} on {training.world_size} processes with "
+            f"dataloader_drop_last={training.dataloader_drop_last} and num_train_epochs="
+            f"{training.num_train_epochs}. Lower the batch size, or set dataloader_drop_last=false."
+        )
     final = Path(training.output_dir) / "final"
     if trainer.is_fsdp_enabled:  # one file, not shards
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
@@ -101,120 +104,38 @@ def sft(arguments: Arguments) -> Path:
     return final
 
 
-class VLA0Trainer(SFTTrainer):
-    """TRL's trainer on a policy's VLM: the policy makes the examples, and checkpoints are LeRobot's.
-
-    Args:
-        pipeline: the run as lerobot-train describes it, for train_config.json.
-        dataset: of LeRobot; items are one timestep each.
-        policy: in training mode.
-        processors: the policy's pre- and postprocessor.
-        adapter: the policy as a PEFT model, to train and save only the adapter; None trains the policy.
-    """
-
-    def __init__(
-        self,
-        training: SFTConfig,
-        pipeline: TrainPipelineConfig,
-        dataset: Any,
-        policy: VLA0Policy,
-        processors: tuple[Any, Any],
-        adapter: Any = None,
-    ) -> None:
-        self.pipeline, self.dataset, self.policy = pipeline, dataset, policy
-        self.processors, self.adapter = processors, adapter
-        if pipeline.dataset.streaming:
-            rows = datasets.IterableDataset.from_generator(lambda: iter(dataset))
-            collate = default_collate
-        else:
-            # TRL takes data sets of the library `datasets` only: the rows are indices into LeRobot's.
-            rows = datasets.Dataset.from_dict({"index": range(len(dataset))})
-            collate = partial(_collate, dataset)
-        super().__init__(
-            model=policy.model,
-            args=training,
-            train_dataset=rows,
-            data_collator=collate,
-            processing_class=policy.vlm_processor,
-        )
-        # Divides the loss by the number of tokens of all processes and accumulated batches. Transformers does
-        # not, because Qwen2.5-VL's own loss cannot take that number; TRL's, which is used here, can.
-        self.model_accepts_loss_kwargs = True
-
-    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: Any) -> tuple:
-        """The examples of one optimiser step, and the number of their supervised tokens.
-
-        LeRobot's batches become examples here, not in the data loader's workers, because the images are
-        augmented on the GPU.
-        """
-        # Seeds from these numbers alone: a resumed run augments as an uninterrupted one, and ranks, steps and
-        # accumulated batches differ.
-        args, step = self.args, self.state.global_step
-        seeds = (f"{args.seed} {args.process_index} {step} {i}" for i in range(num_batches))
-        examples = (
-            self.example(batch, random.Random(seed).getrandbits(62))
-            # The seeds first: zip then takes no batch that belongs to the next step.
-            for seed, batch in zip(seeds, epoch_iterator, strict=False)
-        )
-        return super().get_batch_samples(examples, num_batches, device)
-
-    def example(self, batch: dict[str, Any], seed: int) -> dict[str, torch.Tensor]:
-        """The model's inputs and the labels (B, T) of a batch of the data set, augmented."""
-        batch = {k: v.to(self.args.device) if torch.is_tensor(v) else v for k, v in batch.items()}
-        for key in self.dataset.meta.camera_keys:
-            if key in batch and batch[key].dtype == torch.uint8:  # as in lerobot-train
-                batch[key] = batch[key].float() / 255
-        batch = self.processors[0](batch)
-        self._metrics["train"][ACTION_CLIPPED].append(batch[ACTION_CLIPPED].mean().item())  # TRL logs means
-        generator = torch.Generator().manual_seed(seed)
-        inputs, labels, _ = self.policy.examples.training_examples(batch, generator)
-        return {**inputs, "labels": labels}
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing: TRL's card would go into every checkpoint; a push writes the policy's own."""
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Writes a LeRobot checkpoint, as lerobot-train does.
-
-        Args:
-            state_dict: the VLM's weights, gathered from all processes (FSDP); None takes the policy's own.
-        """
-        folder, policy = Path(output_dir or self.args.output_dir), self.policy
-        if self.adapter is None and state_dict is None:
-            policy.save_pretrained(folder)
-        else:
-            policy.config.save_pretrained(folder)
-            backbone.save_vlm(policy.model, policy.vlm_processor, folder / VLM_FOLDER)
-            # `state_dict` has the VLM's names, the file those of the policy, or of the PEFT model around it.
-            prefix = "model." if self.adapter is None else "base_model.model.model."
-            weights = state_dict and {prefix + name: tensor for name, tensor in state_dict.items()}
-            if self.adapter is None:
-                # Not by `policy.save_pretrained`, which LeRobot 0.6.2 lets take no weights.
-                save_torch_state_dict(weights, folder, max_shard_size=sys.maxsize)
-            else:
-                self.adapter.save_pretrained(folder, state_dict=weights)
-        self.pipeline.steps = self.state.max_steps
-        self.pipeline.save_pretrained(folder)
-        for processor in self.processors:
-            processor.save_pretrained(folder)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        folder = Path(resume_from_checkpoint)
-        if self.is_fsdp_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        elif self.adapter is not None:
-            weights = load_file(folder / ADAPTER_WEIGHTS)
-            import_peft().set_peft_model_state_dict(self.adapter, weights)
-        else:
-            load_model(self.policy, folder / WEIGHTS, device=self.policy.config.device)
-
-
-def _collate(dataset: Any, rows: list[dict[str, int]]) -> dict[str, Any]:
-    """A batch of LeRobot's data set. Runs in the data loader's workers, where it decodes the videos."""
-    return default_collate([dataset[row["index"]] for row in rows])
-
-
 # ------------------------------------------------------------------------------------------- before training
+
+
+def checkpoint_to_resume(training: SFTConfig) -> str | None:
+    """Folder of the checkpoint to continue from; None starts afresh."""
+    output = Path(training.output_dir)
+    wanted = str(training.resume_from_checkpoint or False)  # YAML's true is a bool
+    # Transformers' `get_last_checkpoint` also finds one whose writing was interrupted. A complete one has
+    # trainer_state.json, which is written last.
+    complete = {
+        int(file.parent.name.removeprefix("checkpoint-")): str(file.parent)
+        for file in output.glob("checkpoint-*/trainer_state.json")
+    }
+    if wanted.lower() in ("false", "none"):
+        if complete or (output / "final").exists():
+            raise FileExistsError(
+                f"output_dir={str(output)!r} holds a run already. Choose another one, or continue it with "
+                "--resume_from_checkpoint true."
+            )
+        return None
+    if wanted.lower() in ("true", "last"):
+        if not complete:
+            raise FileNotFoundError(
+                f"resume_from_checkpoint={wanted!r}: {str(output)!r} holds no complete checkpoint-N."
+            )
+        return complete[max(complete)]
+    if not (Path(wanted) / "trainer_state.json").is_file():
+        raise FileNotFoundError(
+            f"resume_from_checkpoint={wanted!r} is no complete checkpoint of this trainer: there is no "
+            "trainer_state.json in it. Give <output_dir>/checkpoint-N, or true for the last one."
+        )
+    return wanted
 
 
 def _pipeline(arguments: Arguments) -> TrainPipelineConfig:
@@ -234,6 +155,7 @@ def _pipeline(arguments: Arguments) -> TrainPipelineConfig:
         log_freq=int(training.logging_steps),
         optimizer=arguments.policy.get_optimizer_preset(),
         peft=lora if options.use_lora else None,
+        rename_map=options.rename_map,
     )
 
 
@@ -242,6 +164,17 @@ def _choose_episodes(arguments: Arguments) -> None:
     options, config = arguments.options, arguments.dataset
     if config.streaming and arguments.training.max_steps <= 0:
         raise ValueError("dataset.streaming=true has no length: say how long to train with --max_steps.")
+    not_streamed = {
+        "train_suite": options.train_suite,
+        "max_episodes": options.max_episodes,
+        "dataset.episodes": config.episodes,
+    }
+    for name, value in not_streamed.items():
+        if config.streaming and value is not None:
+            raise ValueError(
+                f"{name}={value!r} has no effect with dataset.streaming=true: LeRobot streams all episodes. "
+                "Leave one of them out; without streaming, the data set is downloaded."
+            )
     if options.train_suite is None and options.max_episodes is None:
         return
     meta = LeRobotDatasetMetadata(
@@ -257,11 +190,11 @@ def _choose_episodes(arguments: Arguments) -> None:
     config.episodes = episodes[: options.max_episodes]
 
 
-def _processors(policy: VLA0Policy, dataset: Any) -> tuple[Any, Any]:
+def _processors(policy: VLA0Policy, dataset: Any, rename_map: dict[str, str]) -> tuple[Any, Any]:
     """Pre- and postprocessor with this data set's statistics, as lerobot-train makes them."""
     config, stats = policy.config, dataset.meta.stats
+    rename = {"rename_observations_processor": {"rename_map": rename_map}} if rename_map else {}
     replaced = {"norm_map": config.normalization_mapping, "stats": stats}
-    features = {**config.input_features, **config.output_features}
     return make_pre_post_processors(
         config,
         dataset_stats=stats,
@@ -269,7 +202,8 @@ def _processors(policy: VLA0Policy, dataset: Any) -> tuple[Any, Any]:
         pretrained_path=config.pretrained_path and str(config.pretrained_path),
         preprocessor_overrides={
             "device_processor": {"device": config.device},
-            "normalizer_processor": {"features": features, **replaced},
+            "normalizer_processor": {"features": used_features(config), **replaced},
+            **rename,
         },
         postprocessor_overrides={
             "unnormalizer_processor": {"features": config.output_features, **replaced},

@@ -51,9 +51,17 @@ FROM_TRL = {
 FOR_TEXT = (
     "dataset_text_field", "dataset_kwargs", "dataset_num_proc", "max_length", "truncation_mode", "eos_token",
     "packing", "packing_strategy", "eval_packing", "padding_free", "shuffle_dataset", "remove_unused_columns",
-    "completion_only_loss", "assistant_only_loss", "model_init_kwargs", "chat_template_path",
-    "hub_strategy", "hub_token", "hub_always_push", "load_best_model_at_end",
+    "completion_only_loss", "assistant_only_loss", "model_init_kwargs", "chat_template_path", "pad_token",
+    "pad_to_multiple_of", "trust_remote_code", "length_column_name",
+    "hub_strategy", "hub_token", "hub_always_push", "hub_revision",
 )  # fmt: skip
+# Those with which Trainer evaluates while it trains.
+FOR_EVALUATION = (
+    "do_train", "do_eval", "do_predict", "eval_strategy", "eval_steps", "eval_delay", "eval_on_start",
+    "per_device_eval_batch_size", "eval_accumulation_steps", "bf16_full_eval", "fp16_full_eval",
+    "load_best_model_at_end", "metric_for_best_model", "greater_is_better",
+)  # fmt: skip
+LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
 # Options of LeRobot and TRL that would be ignored here, and what to do instead.
 WITHOUT_EFFECT = {
     **{f"policy.{field}": f"use --{option}" for field, option in FROM_TRL.items()},
@@ -63,9 +71,12 @@ WITHOUT_EFFECT = {
     "policy.use_peft": "use --use_lora",
     "policy.pretrained_path": "use --policy.path",
     "dataset.eval_split": "lerobot-train evaluates on held-out episodes",
+    "dataset.return_uint8": "pictures are always read so. Leave it out",
+    "dataset.depth_output_unit": "depth cameras are not shown. Leave it out",
     "eval.policy": "the final checkpoint is evaluated",
     "eval.out": "results go to <output_dir>/eval",
     **dict.fromkeys(FOR_TEXT, "examples are made by the policy. Leave it out"),
+    **dict.fromkeys(FOR_EVALUATION, "nothing is evaluated before the end. Use --eval_after_train"),
 }
 # Where TRL's defaults are not the published recipe, or would write large checkpoints too often.
 DEFAULTS = {
@@ -95,6 +106,11 @@ class SFTOptions:
         "libero_object, libero_goal, libero_10, libero_90, or several separated by commas.",
     )
     max_episodes: int | None = HfArg(default=None, help="Train on the first N episodes (of those left).")
+    rename_map: dict[str, str] | str | None = HfArg(
+        default=None,
+        help="With --policy.path, the data set's names of cameras and the checkpoint's: "
+        "'{observation.images.front: observation.images.image}'.",
+    )
     use_lora: bool = HfArg(default=False, help="Train LoRA adapters, not the model itself (needs peft).")
     lora_r: int = HfArg(default=16, help="Rank of the adapters.")
     lora_alpha: int = HfArg(default=32, help="Adapters are scaled by alpha / r.")
@@ -114,6 +130,18 @@ class SFTOptions:
                 "lora_target_modules names lm_head: TRL computes the loss from its plain weights, so an "
                 "adapter there would never be trained. Leave it out."
             )
+        if not self.use_lora:
+            self.refuse_lora("without --use_lora")
+        names = yaml.safe_load(self.rename_map) if isinstance(self.rename_map, str) else self.rename_map
+        if not isinstance(names or {}, dict) or not all(isinstance(v, str) for v in (names or {}).values()):
+            raise ValueError(f"rename_map={self.rename_map!r} must be '{{name in the data: new name, ...}}'.")
+        self.rename_map = names or {}
+
+    def refuse_lora(self, where: str) -> None:
+        """Raises ValueError if an option of LoRA was given, which `where` ignores."""
+        for field in fields(self):
+            if field.name in LORA and getattr(self, field.name) != field.default:
+                raise ValueError(f"{field.name}={getattr(self, field.name)!r} has no effect {where}.")
 
 
 @dataclass
@@ -171,6 +199,13 @@ def parse(argv: list[str]) -> Arguments:
     options, training = parser.parse_dict(vars(given), allow_extra_keys=True)
     if training.push_to_hub and not training.hub_model_id:
         raise ValueError("push_to_hub needs a repo to push to: --hub_model_id=<you>/<name>.")
+    if policy.use_peft:
+        options.refuse_lora(f"on the adapter policy.path={str(policy.pretrained_path)!r}, which has its own")
+    if options.rename_map and policy.pretrained_path is None:
+        raise ValueError(
+            f"rename_map={options.rename_map!r} has no effect without --policy.path: a new policy takes the "
+            "data set's names."
+        )
     _copy_to_policy(training, policy)
     dataset = _dataset(given.dataset)
     return Arguments(options, training, policy, dataset, _evaluation(given.eval, options, training))
@@ -279,37 +314,6 @@ def _evaluation(mapping: dict[str, str], options: SFTOptions, training: SFTConfi
 
 def _arguments(mapping: dict[str, str]) -> list[str]:
     return [f"--{name}={value}" for name, value in mapping.items()]
-
-
-def checkpoint_to_resume(training: SFTConfig) -> str | None:
-    """Folder of the checkpoint to continue from; None starts afresh."""
-    output = Path(training.output_dir)
-    wanted = str(training.resume_from_checkpoint or False)  # YAML's true is a bool
-    # Transformers' `get_last_checkpoint` also finds one whose writing was interrupted. A complete one has
-    # trainer_state.json, which is written last.
-    complete = {
-        int(file.parent.name.removeprefix("checkpoint-")): str(file.parent)
-        for file in output.glob("checkpoint-*/trainer_state.json")
-    }
-    if wanted.lower() in ("false", "none"):
-        if complete or (output / "final").exists():
-            raise FileExistsError(
-                f"output_dir={str(output)!r} holds a run already. Choose another one, or continue it with "
-                "--resume_from_checkpoint true."
-            )
-        return None
-    if wanted.lower() in ("true", "last"):
-        if not complete:
-            raise FileNotFoundError(
-                f"resume_from_checkpoint={wanted!r}: {str(output)!r} holds no complete checkpoint-N."
-            )
-        return complete[max(complete)]
-    if not (Path(wanted) / "trainer_state.json").is_file():
-        raise FileNotFoundError(
-            f"resume_from_checkpoint={wanted!r} is no complete checkpoint of this trainer: there is no "
-            "trainer_state.json in it. Give <output_dir>/checkpoint-N, or true for the last one."
-        )
-    return wanted
 
 
 def _print_help(file_parser: argparse.ArgumentParser) -> None:

@@ -1,0 +1,135 @@
+"""TRL's trainer on a policy: the policy makes examples of LeRobot's batches, and checkpoints are LeRobot's."""
+
+import random
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from huggingface_hub import save_torch_state_dict
+from lerobot.configs.train import TrainPipelineConfig
+from lerobot.utils.collate import lerobot_collate_fn
+from safetensors.torch import load_file, load_model
+from trl import SFTConfig, SFTTrainer
+
+from .. import backbone
+from ..adapters import import_peft
+from ..checkpoint import ADAPTER_WEIGHTS, VLM_FOLDER, WEIGHTS
+from ..modeling_vla0 import VLA0Policy
+from ..processor_vla0 import ACTION_CLIPPED
+
+
+class VLA0Trainer(SFTTrainer):
+    """TRL's trainer on a policy's VLM: the policy makes the examples, and checkpoints are LeRobot's.
+
+    Args:
+        pipeline: the run as lerobot-train describes it, for train_config.json.
+        dataset: of LeRobot; items are one timestep each.
+        policy: in training mode.
+        processors: the policy's pre- and postprocessor.
+        adapter: the policy as a PEFT model, to train and save only the adapter; None trains the policy.
+    """
+
+    def __init__(
+        self,
+        training: SFTConfig,
+        pipeline: TrainPipelineConfig,
+        dataset: Any,
+        policy: VLA0Policy,
+        processors: tuple[Any, Any],
+        adapter: Any = None,
+    ) -> None:
+        self.pipeline, self.dataset, self.policy = pipeline, dataset, policy
+        self.processors, self.adapter = processors, adapter
+        if pipeline.dataset.streaming:
+            rows = datasets.IterableDataset.from_generator(lambda: iter(dataset))
+            collate = lerobot_collate_fn
+        else:
+            # TRL takes data sets of the library `datasets` only: the rows are indices into LeRobot's.
+            rows = datasets.Dataset.from_dict({"index": range(len(dataset))})
+            collate = partial(_collate, dataset)
+        super().__init__(
+            model=policy.model,
+            args=training,
+            train_dataset=rows,
+            data_collator=collate,
+            processing_class=policy.vlm_processor,
+        )
+        # Divides the loss by the number of tokens of all processes and accumulated batches. Transformers does
+        # not, because Qwen2.5-VL's own loss cannot take that number; TRL's, which is used here, can.
+        self.model_accepts_loss_kwargs = True
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: Any) -> tuple:
+        """The examples of one optimiser step, and the number of their supervised tokens.
+
+        LeRobot's batches become examples here, not in the data loader's workers, because the images are
+        augmented on the GPU.
+        """
+        # Seeds from these numbers alone: a resumed run augments as an uninterrupted one, and ranks, steps and
+        # accumulated batches differ.
+        args, step = self.args, self.state.global_step
+        seeds = (f"{args.seed} {args.process_index} {step} {i}" for i in range(num_batches))
+        examples = (
+            self.example(batch, random.Random(seed).getrandbits(62))
+            # The seeds first: zip then takes no batch that belongs to the next step.
+            for seed, batch in zip(seeds, epoch_iterator, strict=False)
+        )
+        return super().get_batch_samples(examples, num_batches, device)
+
+    def example(self, batch: dict[str, Any], seed: int) -> dict[str, torch.Tensor]:
+        """The model's inputs and the labels (B, T) of a batch of the data set, augmented."""
+        batch = {k: v.to(self.args.device) if torch.is_tensor(v) else v for k, v in batch.items()}
+        for key in self.dataset.meta.camera_keys:
+            if key in batch and batch[key].dtype == torch.uint8:  # as in lerobot-train
+                batch[key] = batch[key].float() / 255
+        batch = self.processors[0](batch)
+        self._metrics["train"][ACTION_CLIPPED].append(batch[ACTION_CLIPPED].mean().item())  # TRL logs means
+        generator = torch.Generator().manual_seed(seed)
+        inputs, labels, _ = self.policy.examples.training_examples(batch, generator)
+        return {**inputs, "labels": labels}
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: TRL's card would go into every checkpoint; a push writes the policy's own."""
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Writes a LeRobot checkpoint, as lerobot-train does.
+
+        Args:
+            state_dict: the VLM's weights, gathered from all processes (FSDP); None takes the policy's own.
+        """
+        folder, policy = Path(output_dir or self.args.output_dir), self.policy
+        if self.adapter is None and state_dict is None:
+            policy.save_pretrained(folder)
+        else:
+            policy.config.save_pretrained(folder)
+            backbone.save_vlm(policy.model, policy.vlm_processor, folder / VLM_FOLDER)
+            # `state_dict` has the VLM's names, the file those of the policy, or of the PEFT model around it.
+            prefix = "model." if self.adapter is None else "base_model.model.model."
+            weights = state_dict and {prefix + name: tensor for name, tensor in state_dict.items()}
+            if self.adapter is None:
+                # Not by `policy.save_pretrained`, which LeRobot 0.6.2 lets take no weights.
+                save_torch_state_dict(weights, folder, max_shard_size=sys.maxsize)
+            else:
+                self.adapter.save_pretrained(folder, state_dict=weights)
+        self.pipeline.steps = self.state.max_steps
+        self.pipeline.save_pretrained(folder)
+        for processor in self.processors:
+            processor.save_pretrained(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        elif self.adapter is not None:
+            weights = load_file(folder / ADAPTER_WEIGHTS)
+            import_peft().set_peft_model_state_dict(self.adapter, weights)
+        else:
+            load_model(self.policy, folder / WEIGHTS, device=self.policy.config.device)
+
+
+def _collate(dataset: Any, rows: list[dict[str, int]]) -> dict[str, Any]:
+    """A batch of LeRobot's data set. Runs in the data loader's workers, where it decodes the videos."""
+    return lerobot_collate_fn([dataset[row["index"]] for row in rows])
