@@ -40,3 +40,45 @@ def test_other_policies_have_a_loss_only(tmp_path):
 def test_not_a_whole_run(tmp_path, rows, message):
     with pytest.raises(ValueError, match=message):
         read_log(write(tmp_path / "log", rows))
+
+
+def run_log(steps, *, total, start=0, every=200, loss="1.0"):
+    """What lerobot-train 0.6.1 prints: settings, the bar of the steps that are left, lines."""
+    settings = f"INFO {{'eval_steps': 0,\n 'log_freq': {every},\n 'policy': {{'n_action_steps': 8}},\n"
+    bar = f" 'steps': {total},\n 'x': 1}}\n\rTraining:   0%|    | 0/{total - start} [00:00<?, ?step/s]"
+    shown = [(s, str(s) if s < 1000 else f"{s / 1000:.0f}K", loss) for s in steps]
+    return settings + bar + "".join(LINE.format(*row) + "action_error_bins:12.5\n" for row in shown)
+
+
+def test_a_resumed_runs_log(tmp_path):
+    """It begins at a step that is printed rounded: 1400 and 1600 would be 1K and 2K."""
+    steps = list(range(1400, 3001, 200))
+    (tmp_path / "log").write_text(run_log(steps, total=3000, start=1300))
+    assert read_log(tmp_path / "log")["step"] == steps
+
+
+@pytest.mark.parametrize("start", [400, 1200, 0])
+def test_a_run_that_was_appended_replaces_the_steps_that_it_repeats(tmp_path, start):
+    """Resumed from the last checkpoint before it was killed, or begun again."""
+    first = run_log(range(200, 1601, 200), total=3000, loss="2.0")
+    again = list(range(start + 200, 2401, 200))
+    (tmp_path / "log").write_text(first + run_log(again, total=3000, start=start, loss="1.0"))
+    metrics = read_log(tmp_path / "log")
+    assert metrics["step"] == list(range(200, 2401, 200))
+    assert metrics["loss"] == [2.0 if step <= start else 1.0 for step in metrics["step"]]
+
+
+def test_appended_without_settings(tmp_path):
+    log = write(tmp_path / "log", [(400, "400", 3.0), (800, "800", 2.0), (1200, "1K", 1.5)])
+    log.write_text(log.read_text() + write(tmp_path / "more", [(800, "800", 1.0)]).read_text())
+    assert read_log(log)["step"] == [400, 800] and read_log(log)["loss"] == [3.0, 1.0]
+    log.write_text(log.read_text() + write(tmp_path / "more", [(5000, "5K", 1.0)]).read_text())
+    with pytest.raises(ValueError, match="begins at step 5K, which is rounded"):
+        read_log(log)
+
+
+@pytest.mark.parametrize("value", ["inf", "-inf", "nan", "1e+30"])
+def test_a_loss_that_is_not_finite(tmp_path, value):
+    log = write(tmp_path / "log", [(50, "50", 2.5), (100, "100", value)])
+    assert read_log(log)["loss"] == pytest.approx([2.5, float(value)], nan_ok=True)
+    assert plot_curve(CurveConfig(log=log, out=tmp_path / "loss.png")).stat().st_size > 1000

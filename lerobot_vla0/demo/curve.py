@@ -24,31 +24,63 @@ class CurveConfig:
     out: Path = Path("outputs/loss.png")
 
 
+# In the order in which they come: settings of a run, the bar's length (the steps that are left), metrics.
+EVENTS = re.compile(
+    r"'log_freq': (?P<every>\d+)|'steps': (?P<steps>\d+)|Training: .*\| \d+/(?P<left>\d+) \[|"
+    r"step:(?P<step>\d+)(?P<unit>[KMB]?) (?P<metrics>smpl:.*\bloss:.*)"
+)
+UNITS = {"": 1, "K": 1000, "M": 1000**2, "B": 1000**3}
+
+
 def read_log(log: Path) -> dict[str, list[float]]:
     """{"step": [...], "loss": [...], ...} from all lines with metrics that lerobot-train printed.
 
     LeRobot prints one such line every `log_freq` steps, but rounds the step to thousands ("1K"). Steps are
-    therefore counted from the first line.
+    therefore counted: from the first line of a run, or, if it was resumed, from its settings and the bar. Of
+    a log to which a run was appended, the run's steps replace those that were there.
 
     Raises:
-        ValueError: no such line, or a log that does not begin at the start of a run.
+        ValueError: no such line, or one whose step cannot be told.
     """
     # The progress bar ends its lines with \r, log lines end with \n.
     text = Path(log).read_text(errors="replace").replace("\r", "\n")
-    lines = re.findall(r"step:(\d+)([KMB]?) (smpl:.*)", text)
+    lines: dict[int, str] = {}
+    run: dict[str, int] = {}  # settings of the current run
+    step = None
+    for event in EVENTS.finditer(text):
+        if event["metrics"] is None:
+            if event["every"]:
+                run, step = {}, None
+            run.setdefault(event.lastgroup, int(event[event.lastgroup]))
+            continue
+        printed, unit = int(event["step"]), UNITS[event["unit"]]
+        step = None if step is None else step + run["every"]
+        if step is None or abs(step - printed * unit) > unit / 2:
+            step = printed if unit == 1 else _first_step(run)
+            if step is None or abs(step - printed * unit) > unit / 2:
+                raise ValueError(
+                    f"log={str(log)!r} has a run that begins at step {printed}{event['unit']}, which is "
+                    "rounded: give the whole run's log, with the settings that lerobot-train prints first."
+                )
+            run.setdefault("every", step)
+            lines = {earlier: line for earlier, line in lines.items() if earlier < step}
+        lines[step] = event["metrics"]
     if not lines:
         raise ValueError(f"log={str(log)!r} has no line with metrics of lerobot-train (step:... loss:...).")
-    if lines[0][1]:
-        raise ValueError(
-            f"log={str(log)!r} begins at step {lines[0][0]}{lines[0][1]}: give the whole run's log."
-        )
-    every = int(lines[0][0])
-    metrics: dict[str, list[float]] = {"step": [every * (i + 1) for i in range(len(lines))]}
+    metrics: dict[str, list[float]] = {"step": list(lines)}
     for name in METRICS:
-        values = [re.search(rf"\b{name}:([-\d.e+]+|nan)", line[2]) for line in lines]
+        values = [re.search(rf"\b{name}:(\S+)", line) for line in lines.values()]
         if all(values):
             metrics[name] = [float(value[1]) for value in values]
     return metrics
+
+
+def _first_step(run: dict[str, int]) -> int | None:
+    """The step of a run's first line, from its settings and its bar."""
+    if not {"every", "steps", "left"} <= run.keys():
+        return None
+    done = run["steps"] - run["left"]
+    return (done // run["every"] + 1) * run["every"]
 
 
 def plot_curve(config: CurveConfig) -> Path:

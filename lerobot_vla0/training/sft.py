@@ -141,6 +141,11 @@ def checkpoint_to_resume(training: SFTConfig) -> str | None:
 def _pipeline(arguments: Arguments) -> TrainPipelineConfig:
     """The run as lerobot-train describes it: makes the data set, and is saved as train_config.json."""
     options, training = arguments.options, arguments.training
+    if options.rename_map and arguments.policy.pretrained_path is None:
+        raise ValueError(
+            f"rename_map={options.rename_map!r} has no effect without --policy.path: a new policy takes the "
+            "data set's names."
+        )
     lora = PeftConfig(options.lora_target_modules, r=options.lora_r, lora_alpha=options.lora_alpha)
     return TrainPipelineConfig(
         dataset=arguments.dataset,

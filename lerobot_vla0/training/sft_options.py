@@ -106,10 +106,8 @@ class SFTOptions:
         "libero_object, libero_goal, libero_10, libero_90, or several separated by commas.",
     )
     max_episodes: int | None = HfArg(default=None, help="Train on the first N episodes (of those left).")
-    rename_map: dict[str, str] | str | None = HfArg(
-        default=None,
-        help="With --policy.path, the data set's names of cameras and the checkpoint's: "
-        "'{observation.images.front: observation.images.image}'.",
+    rename_map: dict[str, str] | str | None = HfArg(  # noqa: RUF009 (a field, not a value)
+        default=None, help="'{camera in the data set: camera of the checkpoint at --policy.path, ...}'."
     )
     use_lora: bool = HfArg(default=False, help="Train LoRA adapters, not the model itself (needs peft).")
     lora_r: int = HfArg(default=16, help="Rank of the adapters.")
@@ -132,10 +130,11 @@ class SFTOptions:
             )
         if not self.use_lora:
             self.refuse_lora("without --use_lora")
-        names = yaml.safe_load(self.rename_map) if isinstance(self.rename_map, str) else self.rename_map
-        if not isinstance(names or {}, dict) or not all(isinstance(v, str) for v in (names or {}).values()):
-            raise ValueError(f"rename_map={self.rename_map!r} must be '{{name in the data: new name, ...}}'.")
-        self.rename_map = names or {}
+        given = self.rename_map or {}
+        names = yaml.safe_load(given) if isinstance(given, str) else given
+        if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+            raise ValueError(f"rename_map={given!r} must be '{{name in the data set: new name, ...}}'.")
+        self.rename_map = names
 
     def refuse_lora(self, where: str) -> None:
         """Raises ValueError if an option of LoRA was given, which `where` ignores."""
@@ -201,11 +200,6 @@ def parse(argv: list[str]) -> Arguments:
         raise ValueError("push_to_hub needs a repo to push to: --hub_model_id=<you>/<name>.")
     if policy.use_peft:
         options.refuse_lora(f"on the adapter policy.path={str(policy.pretrained_path)!r}, which has its own")
-    if options.rename_map and policy.pretrained_path is None:
-        raise ValueError(
-            f"rename_map={options.rename_map!r} has no effect without --policy.path: a new policy takes the "
-            "data set's names."
-        )
     _copy_to_policy(training, policy)
     dataset = _dataset(given.dataset)
     return Arguments(options, training, policy, dataset, _evaluation(given.eval, options, training))

@@ -1,4 +1,4 @@
-"""TRL's trainer on a policy: the policy makes examples of LeRobot's batches, and checkpoints are LeRobot's."""
+"""TRL's trainer on a policy: the policy makes the examples, and checkpoints are LeRobot's."""
 
 import random
 import sys
