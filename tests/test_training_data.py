@@ -272,7 +272,8 @@ def test_faults_stop_both_trainers_at_the_start(trainer, root, tiny_vlm, process
                                          "--policy.push_to_hub=false", "--policy.dtype=float32"]  # fmt: skip
     result = run_script(
         name, *command, *own, "--dataset.repo_id=local/tiny", f"--dataset.root={root}",
-        "--policy.image_size=56", f"--policy.vlm={tiny_vlm}", f"--output_dir={tmp_path}/run", env=process_env, check=False,
+        "--policy.image_size=56", f"--policy.vlm={tiny_vlm}", f"--output_dir={tmp_path}/run",
+        env=process_env, check=False,
     )  # fmt: skip
     assert result.returncode
     assert "action is inf in episode 1, frame 3, dimension 6" in result.stdout

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -10,10 +11,12 @@ import time
 from copy import deepcopy
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from conftest import TINY_TASKS, make_batch, observation, run_script
 from lerobot.datasets.factory import make_dataset
+from lerobot.datasets.language import LANGUAGE_EVENTS, language_events_column_feature, language_feature_info
 from lerobot.policies.factory import make_policy, make_pre_post_processors
 from local_hub import TOKEN
 from safetensors.torch import load, load_file
@@ -50,7 +53,7 @@ def trainer(arguments):
     parsed = parse([*arguments, "--max_steps=1"])
     dataset = make_dataset(module._pipeline(parsed))
     policy = make_policy(parsed.policy, ds_meta=dataset.meta)
-    processors = module._processors(policy, dataset)
+    processors = module._processors(policy, dataset, {})
     pipeline = module._pipeline(parsed)
     made = module.VLA0Trainer(parsed.training, pipeline, dataset, policy.train(), processors)
     return made, policy, processors[0], default_collate([dataset[i] for i in (0, 7, 13)])
@@ -140,7 +143,7 @@ def test_weights_gathered_from_several_processes(lora, arguments, tmp_path):
     dataset = make_dataset(pipeline := module._pipeline(parsed))
     policy = make_policy(parsed.policy, ds_meta=dataset.meta)
     adapter = policy.wrap_with_peft() if lora else None
-    processors = module._processors(policy, dataset)
+    processors = module._processors(policy, dataset, {})
     made = module.VLA0Trainer(parsed.training, pipeline, dataset, policy, processors, adapter)
     made._save(str(tmp_path / "own"))
     gathered = deepcopy(policy.model.state_dict())
@@ -173,6 +176,118 @@ def test_streaming(arguments, tmp_path):
     assert VLA0Policy.from_pretrained(final)
     with pytest.raises(ValueError, match="say how long to train with --max_steps"):
         sft(parse([*arguments, "--dataset.streaming=true", f"--output_dir={tmp_path}/other"]))
+
+
+@pytest.mark.parametrize(
+    ("option", "shown"),
+    [
+        ("train_suite=libero_object", "train_suite='libero_object'"),
+        ("max_episodes=2", "max_episodes=2"),
+        ("dataset.episodes=[0]", "dataset.episodes=[0]"),
+    ],
+)
+def test_streaming_refuses_a_choice_of_episodes(option, shown, arguments):
+    """LeRobot's streaming data set would give all of them."""
+    options = ["--dataset.streaming=true", "--max_steps=2", f"--{option}"]
+    with pytest.raises(ValueError, match=re.escape(f"{shown} has no effect with dataset.streaming=true")):
+        sft(parse([*arguments, *options]))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--dataloader_drop_last=true", "--per_device_train_batch_size=64", "--max_steps=2"],
+        ["--num_train_epochs=0"],
+    ],
+)
+def test_training_nothing_writes_nothing(options, arguments, tmp_path):
+    with pytest.raises(
+        ValueError, match="nothing was trained: 24 frames make no step of per_device_train_bat"
+    ):
+        sft(parse([*arguments, *options]))
+    assert not (tmp_path / "run/final").exists()
+
+
+@pytest.fixture(scope="module")
+def annotated_dataset(tiny_dataset, tmp_path_factory) -> Path:
+    """The tiny data set with LeRobot's language columns, lists of varying length."""
+    root = Path(shutil.copytree(tiny_dataset, tmp_path_factory.mktemp("annotated") / "data"))
+    (file,) = (root / "data").glob("*/*.parquet")
+    frames = datasets.Dataset.from_parquet(str(file), cache_dir=str(root.parent / "cache"))
+    event = {"role": "user", "content": "now", "style": "interjection", "camera": None, "tool_calls": None}
+    rows = [[event] * (i % 3) for i in range(len(frames))]
+    features = datasets.Features({LANGUAGE_EVENTS: language_events_column_feature()})
+    events = datasets.Dataset.from_dict({LANGUAGE_EVENTS: rows}, features=features)
+    datasets.concatenate_datasets([frames, events], axis=1).to_parquet(file)
+    info = json.loads((root / "meta/info.json").read_text())
+    info["features"] |= {LANGUAGE_EVENTS: language_feature_info()[LANGUAGE_EVENTS]}
+    (root / "meta/info.json").write_text(json.dumps(info))
+    return root
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_data_with_language_columns(streaming, arguments, annotated_dataset):
+    arguments = [a for a in arguments if not a.startswith("--dataset.root")]
+    data = [f"--dataset.root={annotated_dataset}", f"--dataset.streaming={streaming}"]
+    assert sft(parse([*arguments, *data, "--max_steps=1", "--save_strategy=no"]))
+
+
+def test_rename_map(arguments, tmp_path):
+    """A checkpoint's cameras under other names than the data set's."""
+    final = sft(parse([*arguments, "--max_steps=1", "--save_strategy=no"]))
+    renamed = {f"observation.images.{new}": f"observation.images.{old}" for new, old in
+               [("image", "front"), ("image2", "wrist")]}  # fmt: skip
+    checkpoint = tmp_path / "front"
+    shutil.copytree(final, checkpoint)
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["input_features"] = {renamed.get(k, k): v for k, v in config["input_features"].items()}
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    base = [a for a in arguments if not a.startswith(("--policy", "--output_dir"))]
+    base += [f"--policy.path={checkpoint}", "--max_steps=1", "--save_strategy=no"]
+    with pytest.raises(ValueError, match="use the `--rename_map` argument"):
+        sft(parse([*base, f"--output_dir={tmp_path}/no"]))
+    more = sft(parse([*base, f"--output_dir={tmp_path}/more", f"--rename_map={json.dumps(renamed)}"]))
+    features = json.loads((more / "config.json").read_text())["input_features"]
+    assert features.keys() == set(renamed.values())
+    assert json.loads((more / "train_config.json").read_text())["rename_map"] == renamed
+    with pytest.raises(ValueError, match="rename_map={'a': 'b'} has no effect without --policy.path"):
+        sft(parse([*arguments, "--rename_map={a: b}", f"--output_dir={tmp_path}/fresh"]))
+
+
+def test_goes_on_training_an_adapter(arguments, tmp_path):
+    first = sft(parse([*arguments, "--max_steps=1", "--use_lora", "--lora_r=4", "--save_strategy=no"]))
+    base = [a for a in arguments if not a.startswith(("--policy", "--output_dir"))]
+    base += [f"--policy.path={first}", f"--output_dir={tmp_path}/more"]
+    with pytest.raises(ValueError, match="lora_r=8 has no effect on the adapter policy.path="):
+        parse([*base, "--use_lora", "--lora_r=8"])
+    base += ["--max_steps=2", "--save_steps=1"]
+    more = sft(parse(base))
+    one = tmp_path / "more/checkpoint-1"
+    before, after = (load_file(folder / "adapter_model.safetensors") for folder in (first, one))
+    assert before.keys() == after.keys() and not (more / "model.safetensors").exists()
+    assert any(not torch.equal(before[name], value) for name, value in after.items())
+    configs = [json.loads((f / "adapter_config.json").read_text()) for f in (first, more)]
+    assert configs[0]["base_model_name_or_path"] == configs[1]["base_model_name_or_path"]
+    assert json.loads((more / "train_config.json").read_text())["peft"]["r"] == 4
+    # One step from the first adapter, not from a new one: its weights are the base of the change.
+    moved = max((after[name] - value).abs().max() for name, value in before.items())
+    assert moved <= 2e-3  # AdamW's first step is the learning rate, 1e-3
+    policy = VLA0Policy.from_pretrained(more)
+    pre, post = make_pre_post_processors(policy.config, str(more))
+    assert post(policy.predict_action_chunk(pre(observation(make_batch(rows=1))))).shape == (1, 8, 7)
+    whole = load_file(more / "adapter_model.safetensors")
+    for name in ("final", "checkpoint-2"):
+        shutil.rmtree(tmp_path / "more" / name)
+    resumed = load_file(sft(parse([*base, "--resume_from_checkpoint=true"])) / "adapter_model.safetensors")
+    assert all(torch.equal(whole[name], value) for name, value in resumed.items())
+
+
+def test_a_policy_without_weights_is_refused(arguments, tmp_path):
+    final = sft(parse([*arguments, "--max_steps=1", "--save_strategy=no"]))
+    base = [a for a in arguments if not a.startswith(("--policy", "--output_dir"))]
+    options = [f"--policy.path={final}", "--policy.server=http://localhost:1/v1", "--max_steps=1"]
+    with pytest.raises(ValueError, match="server"):
+        sft(parse([*base, *options, f"--output_dir={tmp_path}/more"]))
 
 
 def test_lora_trains_adapters_only(arguments, tmp_path):

@@ -102,6 +102,15 @@ def test_evaluation_defaults_to_the_suite_trained_on():
         ),
         (["--eval_after_train", "--eval.out=x"], "eval.out has no effect here: results go to"),
         (["--config", "nowhere.yaml"], "config='nowhere.yaml': there is no such file"),
+        (["--lora_r=8"], "lora_r=8 has no effect without --use_lora"),
+        (["--lora_target_modules", "q_proj"], r"lora_target_modules=\['q_proj'\] has no effect without"),
+        (["--eval_steps=5"], "eval_steps has no effect here: nothing is evaluated before the end"),
+        (
+            ["--pad_to_multiple_of=8"],
+            "pad_to_multiple_of has no effect here: examples are made by the policy",
+        ),
+        (["--dataset.return_uint8=true"], "dataset.return_uint8 has no effect here"),
+        (["--rename_map=[a]"], r"rename_map='\[a\]' must be '{name in the data set: new name, ...}'"),
     ],
 )
 def test_bad_options(options, message):
