@@ -29,6 +29,7 @@ ALLOWED = {
     "cameras": (lambda v: v is None or 0 < len(v) == len(set(v)), "None or a list of different image keys"),
     "image_size": (lambda v: v >= 1, "at least 1 pixel"),
     "crop_ratio": (lambda v: 0 < v <= 1, "in (0, 1]"),
+    "crop_rounding": (lambda v: v in ("down", "even"), "down or even"),
     "chunk_size": AT_LEAST_1,
     "num_bins": (lambda v: v >= 2, "at least 2"),
     "action_norm": (lambda v: v in ("dataset", "task"), "dataset or task"),
@@ -117,6 +118,9 @@ class VLA0Config(PreTrainedConfig):
     # Share of height and width that is kept, in (0, 1]: random crop in training, centre crop otherwise; 1
     # keeps the whole image. Source: NVlabs, IMAGE.crop_img.
     crop_ratio: float = 0.875
+    # Where the centre crop begins if it lies between two pixels: "down" at the lower one, as vla0-trl and
+    # TinyVLA, "even" at the even one, as NVlabs. No difference at 256×256 with the defaults.
+    crop_rounding: str = "down"
     # True: cameras side by side in one picture. False: one picture per camera, which SmolVLM2, InternVL and
     # Gemma 3 need with several cameras. Source: NVlabs, tiled_rgb_imgs.
     tile_images: bool = True

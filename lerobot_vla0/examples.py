@@ -167,6 +167,7 @@ class ExampleMaker:
             crop_ratio=config.crop_ratio,
             tile=config.tile_images,
             antialias=config.resize_antialias,
+            crop_rounding=config.crop_rounding,
             jitter=config.jitter,
             generator=generator,
         )
