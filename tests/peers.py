@@ -1,4 +1,4 @@
-"""Runs of the other implementations of VLA-0, from reference data that leaves out the weights: random ones."""
+"""Runs of other implementations of VLA-0: reference data, which leaves out the weights, and random ones."""
 
 import json
 import shutil
@@ -12,8 +12,8 @@ DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32}
 
 
 def make_run(name: str, out: Path, *models: str) -> Path:
-    """The run folder `name` with its folders `models`: what the code wrote, the tokenizer, and weights that fit
-    the listed tensors."""
+    """The run folder `name` with its folders `models`: what the code wrote, the tokenizer, and weights that
+    fit the listed tensors."""
     layout, tokenizer = shared("peer_layouts") / name, shared("qwen_tokenizer")
     out.mkdir(parents=True, exist_ok=True)
     for file in layout.iterdir():

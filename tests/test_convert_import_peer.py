@@ -1,5 +1,5 @@
-"""What the other implementations of VLA-0 write, with their own code, is imported as it is, and shows the model
-what their own code shows it."""
+"""What other implementations of VLA-0 write is imported as it is, and the model is shown what their own code
+shows it."""
 
 import json
 import shutil
@@ -70,7 +70,7 @@ def test_prompt_and_pictures_are_theirs_to_the_byte(name, imported):
     assert {(224, 224), (256, 256)} <= sizes and ("4_57" in name or (600, 600) in sizes)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["nvlabs_transformers_4_51", "nvlabs_transformers_4_57", "vla0_trl_sharded"])
 def test_head_is_tied_everywhere(name, imported, tmp_path):
     """In the import, in a fresh policy on the folder, in the export, and in what is imported of that."""
     run, ours = imported(name)
@@ -95,32 +95,37 @@ def test_head_is_tied_everywhere(name, imported, tmp_path):
         assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"] is True
 
 
-@pytest.mark.parametrize("name", ["vla0_trl"])
-def test_imported_policy_acts(name, imported):
-    policy = VLA0Policy.from_pretrained(imported(name)[1])
+def test_imported_policy_acts(imported):
+    policy = VLA0Policy.from_pretrained(imported("vla0_trl")[1])
     batch = {key: torch.rand(1, 3, 256, 256) for key in policy.config.camera_keys}
     with torch.no_grad():
         chunk = policy.predict_action_chunk({**batch, "task": ["turn on the stove"]})
     assert chunk.shape == (1, 8, 7) and 0 <= chunk.min() <= chunk.max() <= 1000
 
 
-def test_text_config_is_read_as_it_was_written(imported):
-    """Field by field: what text_config (transformers 4.57) or the top level (4.51) says of the language model."""
-    for name, model in MODELS.items():
-        folder = imported(name)[0] / model
-        saved = json.loads((folder / "config.json").read_text())
-        found = backbone.read_config(folder)
-        for key, value in saved.get("text_config", saved).items():
-            if key.endswith("_token_id") and name.startswith("nvlabs") or hasattr(found.text_config, key):
-                read = getattr(found.text_config, key, value)
-                if key in ("model_type", "architectures", "_name_or_path", "dtype", "sliding_window"):
-                    continue
-                if key in ("vision_config", "tie_word_embeddings", "rope_scaling", "transformers_version"):
-                    continue
-                assert read == value, (name, key)
-        assert found.text_config.rope_parameters["rope_theta"] == 1e6
-        assert found.text_config.rope_parameters["mrope_section"] == [4, 6, 6]
-        assert found.tie_word_embeddings is True
+# Not compared: of the file, not of the model, or under another name in Transformers 5 (rope_scaling).
+FILE_ONLY = {
+    "model_type", "architectures", "_name_or_path", "dtype", "torch_dtype", "transformers_version",
+    "vision_config", "rope_scaling",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_text_config_is_read_as_it_was_written(name, imported):
+    """Field by field: what text_config (4.57) or the top level (4.51) says of the language model."""
+    folder = imported(name)[0] / MODELS[name]
+    saved = json.loads((folder / "config.json").read_text())
+    config = backbone.read_config(folder)
+    assert config.tie_word_embeddings is True
+    text = config.text_config.to_dict()
+    compared = {key: value for key, value in saved.get("text_config", saved).items() if key in text}
+    compared = {key: value for key, value in compared.items() if key not in FILE_ONLY}
+    if not compared["use_sliding_window"]:
+        compared["sliding_window"] = None
+    assert {"vocab_size", "eos_token_id", "hidden_size", "rms_norm_eps"} <= compared.keys()
+    assert {key: text[key] for key in compared} == compared
+    rope = {"rope_type": "default", "type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6]}
+    assert config.text_config.rope_parameters == rope
 
 
 @pytest.fixture(scope="module")

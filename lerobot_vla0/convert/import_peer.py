@@ -63,8 +63,8 @@ def import_peer(folder: Path, options: PeerOptions, out: Path) -> Imported:
         )
     if config_file is None and options.data_config is not None:
         raise ValueError(
-            f"--data_config={str(options.data_config)!r} does not apply: {folder} has no config.yaml. Leave it "
-            "out."
+            f"--data_config={str(options.data_config)!r} does not apply: {folder} has no config.yaml. Leave "
+            "it out."
         )
     if config_file is None and stats_file.suffix != ".json":
         raise FileNotFoundError(
@@ -117,8 +117,8 @@ def import_peer(folder: Path, options: PeerOptions, out: Path) -> Imported:
     merged = f", its LoRA adapter merged into {adapter['base']}" if adapter else ""
     message = (
         f"{why}\nImported {model_folder.name} of {origin}{merged}: {config.chunk_size} timesteps of {dim} "
-        f"integers 0..{config.num_bins}, cameras {', '.join(config.camera_keys)} cropped to "
-        f"{config.crop_ratio:g} and {config.image_size} pixels, actions from {low} to {high}. The licence of the weights is still that "
+        f"integers 0..{config.num_bins}, cameras {', '.join(cameras)} cropped to {config.crop_ratio:g} and "
+        f"{config.image_size} pixels, actions from {low} to {high}. The licence of the weights is still that "
         "of where they come from."
     )
     return Imported(message, f"a checkpoint of {origin}. {why}", stats)
