@@ -148,13 +148,14 @@ def test_adapter_is_merged_into_its_base(lora, tmp_path, capsys):
     plain, learnt = load_file(base / "model.safetensors"), load_file(run / "final/adapter_model.safetensors")
     ours = dict(policy.model.named_parameters())
     layers = {key.partition(".lora_")[0] for key in learnt}
-    assert len(layers) == 14
+    assert len(layers) == 20  # seven in each layer of the language model, three in each of the vision encoder
     for layer in layers:
         name = layer.removeprefix("base_model.model.")
-        old = plain[name.replace("model.language_model.", "model.") + ".weight"].float()
+        old = name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
         change = learnt[f"{layer}.lora_B.weight"] @ learnt[f"{layer}.lora_A.weight"] * (32 / 16)
         assert change.abs().max() > 0.1
-        torch.testing.assert_close(ours[f"{name}.weight"].float(), old + change, rtol=0.01, atol=0.01)
+        merged = plain[f"{old}.weight"].float() + change
+        torch.testing.assert_close(ours[f"{name}.weight"].float(), merged, rtol=0.01, atol=0.01)
     assert torch.equal(ours["model.language_model.norm.weight"], plain["model.norm.weight"])
     main(["export", f"--policy.path={tmp_path / 'ours'}", f"--out={tmp_path / 'plain'}"])
     assert AutoConfig.from_pretrained(tmp_path / "plain").tie_word_embeddings
