@@ -81,7 +81,7 @@ class LiberoEnv(gym.Env):
         self.task = self.task_description = self._env.task_description
         self.num_init_states = len(self._env._init_states)
         self._fixed_init_state = None if init_state is None else self._check_init_state(init_state)
-        self.max_episode_steps = max_episode_steps or MAX_STEPS[suite]
+        self._max_episode_steps = max_episode_steps or MAX_STEPS[suite]
         image = spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
         self.observation_space = spaces.Dict(
             {
@@ -126,7 +126,7 @@ class LiberoEnv(gym.Env):
     def step(self, action: np.ndarray) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
         observation, reward, terminated, _, info = self._env.step(np.asarray(action, dtype=np.float32))
         self._steps += 1
-        truncated = not terminated and self._steps >= self.max_episode_steps
+        truncated = not terminated and self._steps >= self._max_episode_steps
         info = self._info(bool(info["is_success"]))
         return self._observation(observation), float(reward), bool(terminated), truncated, info
 
@@ -165,7 +165,7 @@ class MakeLimit(gym.Wrapper, gym.utils.RecordConstructorArgs):
         gym.utils.RecordConstructorArgs.__init__(self)
         gym.Wrapper.__init__(self, env)
         if env.spec is not None and env.spec.max_episode_steps is not None:
-            env.unwrapped.max_episode_steps = env.spec.max_episode_steps
+            env.unwrapped._max_episode_steps = env.spec.max_episode_steps
 
 
 def agent_position(robot_state: dict[str, Any]) -> np.ndarray:
