@@ -137,6 +137,12 @@ class ExampleMaker:
                 f"the batch has no {OBS_STATE!r}, which use_state=True puts into the prompt; it has "
                 f"{sorted(key for key in batch if key.startswith('observation'))}."
             )
+        state = batch[OBS_STATE] if config.use_state else None
+        if config.use_state and (not isinstance(state, Tensor) or state.ndim != 2 or len(state) != rows):
+            raise ValueError(
+                f"{OBS_STATE} must be a float tensor ({rows}, S), got {type(state).__name__} of shape "
+                f"{tuple(getattr(state, 'shape', ()))}."
+            )
         by_task = config.action_norm == "task"
         if by_task and TASK_RANGE not in batch:
             raise ValueError(
@@ -146,7 +152,7 @@ class ExampleMaker:
         return Observation(
             [batch[key] for key in keys],
             tasks,
-            batch[OBS_STATE] if config.use_state else None,
+            state,
             batch[TASK_RANGE] if by_task else None,
         )
 

@@ -58,8 +58,8 @@ def load_policy_config(
         json.loads(file.read_text()) if file.is_file() else {"type": "vla0"}
     )  # LeRobot says what is missing
     if saved.get("type") != "vla0":
-        kind = f"a {saved['type']!r} policy" if "type" in saved else "no policy"
-        raise ValueError(f"{path} holds {kind}, not vla0. Give --policy.path a checkpoint of VLA-0.")
+        kind = f"a {saved['type']!r} policy, not vla0" if "type" in saved else "no policy"
+        raise ValueError(f"{path} holds {kind}. Give --policy.path a checkpoint of VLA-0.")
     with _errors_of_configs():
         config = PreTrainedConfig.from_pretrained(
             path, revision=revision, cli_overrides=[_as_json(argument) for argument in overrides]

@@ -110,14 +110,14 @@ def test_python_values_come_back_as_they_are(checkpoint):
 @pytest.mark.parametrize(
     ("content", "kind"),
     [
-        ({"type": "act", "n_obs_steps": 1}, "a 'act' policy"),
-        ({"type": "of_a_plugin_that_is_not_there"}, "a 'of_a_plugin_that_is_not_there' policy"),
-        ({"model_type": "qwen2_5_vl"}, "no policy"),
+        ({"type": "act", "n_obs_steps": 1}, "a 'act' policy, not vla0"),
+        ({"type": "of_a_plugin_that_is_not_there"}, "a 'of_a_plugin_that_is_not_there' policy, not vla0"),
+        ({"model_type": "qwen2_5_vl"}, "no policy. Give"),
     ],
 )
 @pytest.mark.parametrize("command", ["eval", "export", "merge", "card", "strip"])
 def test_checkpoint_of_another_kind(command, content, kind, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(content))
-    with pytest.raises(SystemExit, match=f"lerobot-vla0 {command}: {tmp_path} holds {kind}, not vla0"):
+    with pytest.raises(SystemExit, match=f"lerobot-vla0 {command}: {tmp_path} holds {kind}"):
         arguments = [f"--policy.path={tmp_path}", f"--out={tmp_path}/out", "--policy.draft_length=2"]
         main([command, *arguments])
