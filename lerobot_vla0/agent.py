@@ -23,6 +23,20 @@ from .options import load_policy_config, override_arguments
 class Agent:
     """`act(observation, task) -> action`, for one environment or a vector of them.
 
+    An action may come from a plan that was made some steps earlier, so an episode must begin with `reset`. In
+    a vector that resets its environments itself, `reset(rows)` goes after the `step` that returned the first
+    observations of new episodes, before the next `act`. With Gymnasium's `AutoresetMode.SAME_STEP` this is
+    the step that ended the episodes; with NEXT_STEP, the default, it is the one after, whose action, planned
+    from the last observation, the environment ignores:
+
+        observation, info = envs.reset()
+        agent.reset()
+        ended = np.zeros(envs.num_envs, dtype=bool)
+        while ...:
+            observation, _, terminated, truncated, _ = envs.step(agent.act(observation, tasks))
+            agent.reset(ended)  # SAME_STEP: agent.reset(terminated | truncated)
+            ended = terminated | truncated
+
     Args:
         policy, preprocess, postprocess: from LeRobot's factories.
     """
