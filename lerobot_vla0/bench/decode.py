@@ -200,7 +200,7 @@ def _plot(rows: pd.DataFrame, title: str, file: Path) -> None:
             ecolor="0.3",
         )
         axes.bar_label(bars, [f" {row.speedup:.1f}×, {row.passes:.4g} passes" for row in shown.itertuples()])
-        axes.set(title=workload, xlabel="ms per chunk", xlim=(0, 1.5 * shown["ms_max"].max()))
+        axes.set(title=workload, xlabel="ms per chunk", xlim=(0, 1.6 * shown["ms_max"].max()))
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].invert_yaxis()
     figure.suptitle(title, fontsize=9)

@@ -30,7 +30,11 @@ from lerobot.policies.factory import make_policy, make_pre_post_processors
 from safetensors.torch import load_file, load_model
 from torch.utils.data import default_collate
 from transformers import set_seed
-from trl import SFTConfig, SFTTrainer
+
+try:
+    from trl import SFTConfig, SFTTrainer
+except ImportError as error:
+    raise ImportError("TRL is not installed: pip install 'lerobot_policy_vla0[sft]'") from error
 
 from .. import backbone
 from ..adapters import import_peft

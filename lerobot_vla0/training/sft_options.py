@@ -9,7 +9,7 @@ command line overrides the file, the file overrides the defaults.
 
 TRL's parser, an argparse parser, takes all of them. It cannot make LeRobot's nested configs, so it collects
 the options of a section as text, and LeRobot's parser, draccus, makes the config of them. draccus alone would
-not do: it reads neither the types of SFTConfig's fields nor switches without a value, such as --use_cpu.
+not do: it wants a value after every option (--use_cpu has none) and lists in brackets.
 """
 
 import argparse
@@ -94,12 +94,8 @@ class SFTOptions:
         help="Train on the episodes of this LIBERO suite only, told by their tasks: libero_spatial, "
         "libero_object, libero_goal, libero_10, libero_90, or several separated by commas.",
     )
-    max_episodes: int | None = HfArg(
-        default=None, help="Train on the first N episodes (of those that are left)."
-    )
-    use_lora: bool = HfArg(
-        default=False, help="Train LoRA adapters and leave the model as it is (needs peft)."
-    )
+    max_episodes: int | None = HfArg(default=None, help="Train on the first N episodes (of those left).")
+    use_lora: bool = HfArg(default=False, help="Train LoRA adapters, not the model itself (needs peft).")
     lora_r: int = HfArg(default=16, help="Rank of the adapters.")
     lora_alpha: int = HfArg(default=32, help="Adapters are scaled by alpha / r.")
     lora_dropout: float = HfArg(default=0.05, help="Dropout before the adapters.")
@@ -155,7 +151,6 @@ def parse(argv: list[str]) -> Arguments:
         section = name.partition(".")[0]
         parser.add_argument(f"--{name}", dest=section, action=_SectionOption, nargs="?", default={})
 
-    # The names are checked first: argparse would say neither which is the nearest nor why one is refused.
     file, argv = file_parser.parse_known_args(argv)
     if file.config:
         content = _read(file.config)
@@ -184,9 +179,7 @@ def parse(argv: list[str]) -> Arguments:
 class _SectionOption(argparse.Action):
     """Adds `--policy.image_size 84` as {"image_size": "84"} to `policy`, at first the file's mapping."""
 
-    def __call__(
-        self, parser: Any, namespace: argparse.Namespace, value: Any, option_string: str | None = None
-    ) -> None:
+    def __call__(self, parser: Any, namespace: Any, value: Any, option_string: str = "") -> None:
         if value is None:
             raise ValueError(f"{option_string} has no value.")
         field = option_string.partition(".")[2]
@@ -207,7 +200,10 @@ def _options_of(section: str) -> list[str]:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """Options of a YAML file: {option: value, section: {field: value as on the command line}}."""
+    """Options of a YAML file: {option: value, section: {field: value as on the command line}}.
+
+    TRL's parser can read a file, but knows nothing of sections and names neither it nor the nearest option.
+    """
     if not file.is_file():
         raise FileNotFoundError(f"config={str(file)!r}: there is no such file.")
     content = yaml.safe_load(file.read_text())
@@ -224,6 +220,10 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _check(names: list[str], known: list[str], where: str = "") -> None:
+    """Refuses options that do not exist or would be ignored.
+
+    By hand, because argparse would say neither which is the nearest nor what to use instead.
+    """
     for name in names:
         option = ".".join(name.replace("-", "_").split(".")[:2])
         if option in WITHOUT_EFFECT:
