@@ -6,6 +6,7 @@ The import is light: it loads neither transformers nor a simulator.
 from importlib import import_module
 
 import gymnasium
+from gymnasium.envs.registration import WrapperSpec
 from wrapt import register_post_import_hook
 
 from .configuration_vla0 import VLA0Config
@@ -16,8 +17,12 @@ from .configuration_vla0 import VLA0Config
 register_post_import_hook(lambda _: import_module(f"{__name__}.processor_vla0"), "lerobot.processor")
 register_post_import_hook(lambda _: import_module(f"{__name__}.libero"), "lerobot.envs.configs")
 
-# An entry point by name: the simulator is imported when the first environment is made.
-gymnasium.register("lerobot_vla0/Libero-v0", entry_point="lerobot_vla0.libero.env:LiberoEnv")
+# Entry points by name: the simulator is imported when the first environment is made.
+gymnasium.register(
+    "lerobot_vla0/Libero-v0",
+    entry_point="lerobot_vla0.libero.env:LiberoEnv",
+    additional_wrappers=(WrapperSpec("MakeLimit", "lerobot_vla0.libero.env:MakeLimit", kwargs={}),),
+)
 
 
 def __getattr__(name: str) -> object:

@@ -7,17 +7,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+)
 from transformers.initialization import no_init_weights
-from transformers.utils import is_bitsandbytes_available, is_flash_attn_2_available
+from transformers.utils import cached_file, is_bitsandbytes_available, is_flash_attn_2_available
 
 from .configuration_vla0 import DTYPES, VLA0Config
 from .families import FAMILIES, family
 
 
 def read_config(vlm: str | Path, revision: str | None = None) -> Any:
-    """Config of the VLM at a Hub id or folder, checked to be of a supported family.
+    """Config of the VLM at a Hub id or folder, checked to be of a supported family. It says whether the head
+    is tied to the embeddings, whichever version of Transformers wrote it.
 
     Raises:
         ValueError: nothing there, or not a supported vision-language model.
@@ -40,7 +48,44 @@ def read_config(vlm: str | Path, revision: str | None = None) -> Any:
             f"vlm={str(vlm)!r} squashes its logits (final_logit_softcapping), which the loss does not: "
             "such a model is not supported."
         )
+    _settle_tying(config, vlm, revision)
     return config
+
+
+def _settle_tying(config: Any, vlm: str | Path, revision: str | None) -> None:
+    """Decides `tie_word_embeddings` where config.json does not say it at the top level, the only place in
+    which Transformers 5 looks; version 4.57 wrote it in `text_config` only. Of the fields that both can hold
+    it is the only one that a model reads there."""
+    saved, _ = PreTrainedConfig.get_config_dict(vlm, revision=revision)
+    if "tie_word_embeddings" in saved:
+        return
+    tied = config.tie_word_embeddings or bool((saved.get("text_config") or {}).get("tie_word_embeddings"))
+    config.tie_word_embeddings = tied and not _stores_head(vlm, revision)
+    config.get_text_config().tie_word_embeddings = config.tie_word_embeddings
+
+
+def _stores_head(vlm: str | Path, revision: str | None) -> bool:
+    """Whether the weights at a Hub id or folder, if there are any, hold a head of their own."""
+    for name in ("model.safetensors.index.json", "model.safetensors"):
+        file = cached_file(
+            vlm,
+            name,
+            revision=revision,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        if file is None:
+            continue
+        try:
+            if name.endswith(".json"):
+                tensors = json.loads(Path(file).read_text())["weight_map"]
+            else:
+                with safe_open(file, framework="pt") as stored:
+                    tensors = stored.keys()
+        except (SafetensorError, ValueError, KeyError) as error:
+            raise ValueError(f"{file} is truncated or damaged: copy it again ({error}).") from error
+        return any(tensor.endswith("lm_head.weight") for tensor in tensors)
+    return False
 
 
 def _attention(attn_implementation: str | None) -> str | None:
@@ -85,7 +130,7 @@ def load_vlm(
             bnb_4bit_compute_dtype=DTYPES[dtype],
             llm_int8_skip_modules=[*kept, "lm_head"],
         )
-    model = AutoModelForImageTextToText.from_pretrained(vlm, **settings)
+    model = AutoModelForImageTextToText.from_pretrained(vlm, config=config, **settings)
     return model, AutoProcessor.from_pretrained(vlm, **source)
 
 

@@ -79,6 +79,26 @@ class Checkpoint:
     folder: Path  # on this machine; of a VLM on the Hub, it holds config.json only
 
 
+def find_config(path: str | Path, **hub: Any) -> Path:
+    """The config.json of a folder, whether it is there or not, or of a Hub repo, downloaded.
+
+    Args:
+        hub: revision, token, cache_dir, ..., as `hf_hub_download` takes them.
+
+    Raises:
+        FileNotFoundError: `path` is no folder, and no repo that can be read.
+    """
+    if Path(path).is_dir():
+        return Path(path) / "config.json"
+    try:
+        return Path(hf_hub_download(str(path), "config.json", **hub))
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"{str(path)!r} is neither a folder nor a Hub repo that can be read "
+            f"({str(error).splitlines()[0]})."
+        ) from error
+
+
 def find_checkpoint(path: str | Path, *, weights: bool = True, **hub: Any) -> Checkpoint:
     """Finds out what a folder or Hub repo holds, and downloads a policy's or adapter's files.
 
@@ -89,16 +109,7 @@ def find_checkpoint(path: str | Path, *, weights: bool = True, **hub: Any) -> Ch
     Raises:
         FileNotFoundError: it is no folder, and no repo that can be read.
     """
-    local = Path(path).is_dir()
-    file = Path(path) / "config.json"
-    if not local:
-        try:
-            file = Path(hf_hub_download(str(path), "config.json", **hub))
-        except (OSError, ValueError) as error:
-            raise FileNotFoundError(
-                f"{str(path)!r} is neither a folder nor a Hub repo that can be read "
-                f"({str(error).splitlines()[0]})."
-            ) from error
+    local, file = Path(path).is_dir(), find_config(path, **hub)
     kind, folder = "policy", file.parent
     if file.is_file() and "model_type" in json.loads(file.read_text()):
         kind = "vlm"

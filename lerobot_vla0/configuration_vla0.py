@@ -1,11 +1,15 @@
 """LeRobot configuration of VLA-0 (`--policy.type=vla0`). Imports neither transformers nor a simulator."""
 
+import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 import draccus
 import torch
+from draccus.parsers import decoding
+from draccus.parsers.config_parsers import YAMLParser
 from draccus.utils import DecodingError
 from lerobot.configs import NormalizationMode, PreTrainedConfig
 from lerobot.optim import AdamWConfig
@@ -29,6 +33,7 @@ ALLOWED = {
     "cameras": (lambda v: v is None or 0 < len(v) == len(set(v)), "None or a list of different image keys"),
     "image_size": (lambda v: v >= 1, "at least 1 pixel"),
     "crop_ratio": (lambda v: 0 < v <= 1, "in (0, 1]"),
+    "crop_rounding": (lambda v: v in ("down", "even"), "down or even"),
     "chunk_size": AT_LEAST_1,
     "num_bins": (lambda v: v >= 2, "at least 2"),
     "action_norm": (lambda v: v in ("dataset", "task"), "dataset or task"),
@@ -40,6 +45,7 @@ ALLOWED = {
     "action_mask_prob": SHARE,
     "action_mask_skip_prob": SHARE,
     "optimizer_lr": ABOVE_0,
+    "optimizer_betas": (lambda v: len(v) == 2 and all(0 <= b < 1 for b in v), "two numbers in [0, 1)"),
     "optimizer_eps": ABOVE_0,
     "optimizer_weight_decay": AT_LEAST_0,
     "optimizer_grad_clip_norm": AT_LEAST_0,
@@ -76,6 +82,42 @@ def _read_format_version(raw: object, path: Sequence[str]) -> FormatVersion:
     return FormatVersion(raw)
 
 
+class CameraKeys(list[str]):
+    """A list that may be YAML text: with `--policy.path=` LeRobot reads JSON, and leaves '[a, b]' as text."""
+
+
+class Normalizations(dict[str, NormalizationMode]):
+    """A dict that may be YAML text."""
+
+
+def _from_yaml(plain: type) -> Callable[[object, Sequence[str]], object]:
+    read = decoding.get_decoding_fn(plain)
+    return lambda raw, path: read(YAMLParser.parse_string(raw) if isinstance(raw, str) else raw, path)
+
+
+draccus.decode.register(CameraKeys, _from_yaml(list[str]))
+draccus.decode.register(Normalizations, _from_yaml(dict[str, NormalizationMode]))
+
+
+@contextmanager
+def reasons_shown() -> Iterator[None]:
+    """Around the checks of a config. draccus hides the text of a ValueError ("Couldn't instantiate class"),
+    but not that of its own error: it gets that one, and Python callers the ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        if any(caller.filename == decoding.__file__ for caller in inspect.stack(context=0)):
+            raise DecodingError((), str(error)) from error
+        raise
+
+
+def _check(name: str, value: object, allowed: Callable[..., object], what: str) -> None:
+    with suppress(TypeError):  # None, for example, has no order
+        if allowed(value):
+            return
+    raise ValueError(f"{name}={value!r} is not allowed: it must be {what}.")
+
+
 @PreTrainedConfig.register_subclass("vla0")
 @dataclass
 class VLA0Config(PreTrainedConfig):
@@ -110,13 +152,16 @@ class VLA0Config(PreTrainedConfig):
     # [2. Cameras and pictures]
     # Image keys in the order in which they are shown, as in '[observation.images.front,
     # observation.images.wrist]'; None takes all of the data set, in its order.
-    cameras: list[str] | None = None
+    cameras: CameraKeys | None = None
     # Side in pixels that each camera is resized to: a multiple of 28 for Qwen2.5-VL, Qwen2-VL and InternVL,
     # of 32 for Qwen3-VL, of 64 for SmolVLM2 (2.2B: 42); 896 for Gemma 3. Source: NVlabs, IMAGE.img_size.
     image_size: int = 224
     # Share of height and width that is kept, in (0, 1]: random crop in training, centre crop otherwise; 1
     # keeps the whole image. Source: NVlabs, IMAGE.crop_img.
     crop_ratio: float = 0.875
+    # Where the centre crop begins if it lies between two pixels: "down" at the lower one, as vla0-trl and
+    # TinyVLA, "even" at the even one, as NVlabs. No difference at 256×256 with the defaults.
+    crop_rounding: str = "down"
     # True: cameras side by side in one picture. False: one picture per camera, which SmolVLM2, InternVL and
     # Gemma 3 need with several cameras. Source: NVlabs, tiled_rgb_imgs.
     tile_images: bool = True
@@ -138,7 +183,7 @@ class VLA0Config(PreTrainedConfig):
     action_norm: str = "dataset"
     # What the integers 0 and num_bins mean: MIN_MAX (paper, section 3), QUANTILES (0.01, 0.99) or QUANTILE10
     # (0.1, 0.9). Give all three keys: '{VISUAL: IDENTITY, STATE: QUANTILES, ACTION: QUANTILES}'.
-    normalization_mapping: dict[str, NormalizationMode] = field(
+    normalization_mapping: Normalizations = field(
         default_factory=lambda: {"VISUAL": IDENTITY, "STATE": MIN_MAX, "ACTION": MIN_MAX}
     )
     # Append the robot's state to the instruction, as integers 0..num_bins. The paper gives the model none.
@@ -218,27 +263,21 @@ class VLA0Config(PreTrainedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, (allowed, what) in ALLOWED.items():
-            self._check(name, allowed(getattr(self, name)), what)
-        steps = 1 <= self.n_action_steps <= self.chunk_size
-        self._check("n_action_steps", steps, f"in 1..chunk_size ({self.chunk_size})")
-        if self.ensemble_size > 1 and self.n_action_steps == self.chunk_size:
-            raise ValueError(
-                f"ensemble_size={self.ensemble_size} has nothing to average: n_action_steps="
-                f"{self.n_action_steps} executes the whole chunk. Lower n_action_steps, for example to 1."
-            )
-        self._check("stream", not (self.stream and self.ensemble_size > 1), "False with ensemble_size > 1")
-        for kind, modes in NORMALIZATIONS.items():
-            mode = self.normalization_mapping.get(kind)
-            if mode not in modes:
+        with reasons_shown():
+            for name, (allowed, what) in ALLOWED.items():
+                _check(name, getattr(self, name), allowed, what)
+            steps, what = self.chunk_size, f"in 1..chunk_size ({self.chunk_size})"
+            _check("n_action_steps", self.n_action_steps, lambda v: 1 <= v <= steps, what)
+            if self.ensemble_size > 1 and self.n_action_steps == steps:
                 raise ValueError(
-                    f"normalization_mapping[{kind!r}]={mode} is not allowed: it must be one of "
-                    f"{', '.join(m.value for m in modes)}."
+                    f"ensemble_size={self.ensemble_size} has nothing to average: n_action_steps="
+                    f"{self.n_action_steps} executes the whole chunk. Lower n_action_steps, for example to 1."
                 )
-
-    def _check(self, name: str, ok: object, allowed: str) -> None:
-        if not ok:
-            raise ValueError(f"{name}={getattr(self, name)!r} is not allowed: it must be {allowed}.")
+            streamed = self.stream and self.ensemble_size > 1
+            _check("stream", streamed, lambda v: not v, "False with ensemble_size > 1")
+            for kind, modes in NORMALIZATIONS.items():
+                name, mode = f"normalization_mapping[{kind!r}]", self.normalization_mapping.get(kind)
+                _check(name, mode, lambda v, m=modes: v in m, f"one of {', '.join(m.value for m in modes)}")
 
     def validate_features(self) -> None:
         """Checks input and output features, which LeRobot fills in from the data set or environment."""
@@ -276,18 +315,12 @@ class VLA0Config(PreTrainedConfig):
         return self.jitter_brightness, self.jitter_contrast, self.jitter_saturation, self.jitter_hue
 
     def get_optimizer_preset(self) -> AdamWConfig:
-        return AdamWConfig(
-            lr=self.optimizer_lr,
-            betas=self.optimizer_betas,
-            eps=self.optimizer_eps,
-            weight_decay=self.optimizer_weight_decay,
-            grad_clip_norm=self.optimizer_grad_clip_norm,
-        )
+        names = ("lr", "betas", "eps", "weight_decay", "grad_clip_norm")
+        return AdamWConfig(**{name: getattr(self, f"optimizer_{name}") for name in names})
 
     def get_scheduler_preset(self) -> ConstantWithWarmupSchedulerConfig | None:
-        if self.scheduler_warmup_steps == 0:
-            return None
-        return ConstantWithWarmupSchedulerConfig(num_warmup_steps=self.scheduler_warmup_steps)
+        steps = self.scheduler_warmup_steps
+        return ConstantWithWarmupSchedulerConfig(num_warmup_steps=steps) if steps else None
 
     # What LeRobot loads around a frame: no other observations, no rewards, a chunk of actions.
     observation_delta_indices = reward_delta_indices = None

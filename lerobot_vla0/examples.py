@@ -120,30 +120,30 @@ class ExampleMaker:
                 "(--policy.cameras)."
             )
         for key in keys:
-            images = batch[key]
-            if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
-                raise ValueError(
-                    f"{key} must be a float tensor (B, 3, H, W) in [0, 1], got {images.dtype} of shape "
-                    f"{tuple(images.shape)}."
-                )
-            if min(images.shape[-2:]) < config.image_size and not self.rule.fixed:
-                raise ValueError(
-                    f"{key} is {images.shape[-2]}×{images.shape[-1]} pixels, smaller than the crop "
-                    f"of image_size={config.image_size}: it would have to be enlarged. Lower image_size."
-                )
-        if "task" not in batch:
+            self._check_images(key, batch[key])
+        if batch.get("task") is None:
             raise ValueError(
                 "the batch has no 'task': VLA-0 needs one instruction per row. Use a data set whose "
                 "episodes have tasks, or add batch['task'] = [instruction, ...]."
             )
         rows = len(batch[keys[0]])
         tasks = [batch["task"]] if isinstance(batch["task"], str) else list(batch["task"])
+        if not all(isinstance(task, str) for task in tasks):
+            raise ValueError(f"'task' must be one instruction per row, each a string, got {tasks[:3]}.")
         if len(tasks) != rows:
             raise ValueError(f"the batch has {rows} images but {len(tasks)} tasks: {tasks[:3]}.")
         if config.use_state and OBS_STATE not in batch:
             raise ValueError(
                 f"the batch has no {OBS_STATE!r}, which use_state=True puts into the prompt; it has "
                 f"{sorted(key for key in batch if key.startswith('observation'))}."
+            )
+        state = batch[OBS_STATE] if config.use_state else None
+        if isinstance(state, Tensor) and tuple(config.robot_state_feature.shape) == (1,):
+            state = state.reshape(-1, 1)  # LeRobot's data have (B,), which its preprocessor takes for one row
+        if config.use_state and (not isinstance(state, Tensor) or state.ndim != 2 or len(state) != rows):
+            raise ValueError(
+                f"{OBS_STATE} must be a float tensor ({rows}, S), got {type(state).__name__} of shape "
+                f"{tuple(getattr(state, 'shape', ()))}."
             )
         by_task = config.action_norm == "task"
         if by_task and TASK_RANGE not in batch:
@@ -154,10 +154,30 @@ class ExampleMaker:
         return Observation(
             [batch[key] for key in keys],
             tasks,
-            # Of one number: LeRobot's data have (B,), which its preprocessor takes for one row, (1, B).
-            batch[OBS_STATE].reshape(rows, -1) if config.use_state else None,
+            state,
             batch[TASK_RANGE] if by_task else None,
         )
+
+    def _check_images(self, key: str, images: Any) -> None:
+        config = self.config
+        good = isinstance(images, Tensor) and images.is_floating_point() and images.ndim == 4
+        if not good or images.shape[1] != 3:
+            kind, shape = getattr(images, "dtype", type(images).__name__), getattr(images, "shape", ())
+            hint = ""
+            if good and images.shape[1] == 1:
+                hint = " A depth camera cannot be shown: choose the others with --policy.cameras."
+            raise ValueError(
+                f"{key} must be a float tensor (B, 3, H, W) in [0, 1], got {kind} of shape {tuple(shape)}"
+                f"{'' if isinstance(images, Tensor) else f' ({type(images).__name__})'}.{hint}"
+            )
+        height, width = images.shape[-2:]
+        h, w = (int(side * config.crop_ratio) for side in (height, width))
+        if min(h, w) < config.image_size and not self.rule.fixed:
+            raise ValueError(
+                f"{key} is {height}×{width} pixels, {h}×{w} after the crop (crop_ratio={config.crop_ratio}): "
+                f"smaller than image_size={config.image_size}, it would have to be enlarged. Lower "
+                "image_size, or raise crop_ratio."
+            )
 
     def pictures(self, observation: Observation, generator: torch.Generator | None) -> Tensor:
         """uint8 (B, N, 3, H, W) of N pictures per row, augmented if a generator is given."""
@@ -168,6 +188,7 @@ class ExampleMaker:
             crop_ratio=config.crop_ratio,
             tile=config.tile_images,
             antialias=config.resize_antialias,
+            crop_rounding=config.crop_rounding,
             jitter=config.jitter,
             generator=generator,
         )

@@ -2,7 +2,8 @@
 
 Follows the published recipe (arXiv 2510.13054, section 4.1, and its training code's settings): crop to 0.875,
 resize to 224×224, jitter in training only, cameras side by side. At 256×256 input the crop is exactly 224, so
-no resize happens and evaluation pixels are exactly the camera's.
+no resize happens and evaluation pixels are exactly the camera's. Resized and jittered pixels are truncated to
+bytes, in training and in acting, as the three codes that VLA-0 is trained with do it.
 """
 
 import torch
@@ -12,13 +13,17 @@ from torch import Tensor
 GRAY = (0.2989, 0.587, 0.114)  # ITU-R 601 luma, torchvision's rgb_to_grayscale
 
 
-def crop(images: Tensor, ratio: float, generator: torch.Generator | None = None) -> Tensor:
+def crop(
+    images: Tensor, ratio: float, generator: torch.Generator | None = None, *, rounding: str = "down"
+) -> Tensor:
     """(B, C, H, W) → (B, C, int(H·ratio), int(W·ratio)): centre crop, or, given a generator, one random crop
-    per image."""
+    per image. Where the centre crop lies between two pixels, it begins at the lower one (`rounding` "down"),
+    or at the even one ("even", as torchvision's center_crop)."""
     height, width = images.shape[-2:]
     h, w = int(height * ratio), int(width * ratio)
     if generator is None:
-        top, left = (height - h) // 2, (width - w) // 2
+        half = (lambda rest: round(rest / 2)) if rounding == "even" else (lambda rest: rest // 2)
+        top, left = half(height - h), half(width - w)
         return images[..., top : top + h, left : left + w]
     n = len(images)
     tops = torch.randint(0, height - h + 1, (n,), generator=generator).tolist()
@@ -94,6 +99,20 @@ def _shift_hue(images: Tensor, shift: Tensor) -> Tensor:
     return torch.stack([share.clamp_(0, 1).mul_(chroma).add_(low) for share in shares], dim=-3)
 
 
+def _levels(images: Tensor, size: int, antialias: bool) -> Tensor:
+    """Images in [0, 1], of any size → grey levels in [0, 255] of size × size pixels, a new tensor.
+
+    Truncated, they are the bytes of the code that resizes so: NVlabs/vla0 resizes levels without
+    antialiasing, vla0-trl and TinyVLA numbers in [0, 1] with it. The camera's own bytes are rounded, because
+    byte / 255 * 255 may come out a little below the byte.
+    """
+    if images.shape[-2:] == (size, size):
+        return (images * 255).round_()
+    if antialias:
+        return F.resize(images, [size, size], antialias=True) * 255
+    return F.resize((images * 255).round_(), [size, size], antialias=False)
+
+
 def prepare_images(
     cameras: list[Tensor],
     *,
@@ -101,6 +120,7 @@ def prepare_images(
     crop_ratio: float,
     tile: bool,
     antialias: bool,
+    crop_rounding: str = "down",
     jitter: tuple[float, float, float, float] | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
@@ -112,6 +132,7 @@ def prepare_images(
         crop_ratio: share of height and width that is kept, in (0, 1].
         tile: True puts all cameras side by side in one picture, False keeps one picture per camera.
         antialias: as in torchvision's resize.
+        crop_rounding: as in `crop`.
         jitter: strengths for `color_jitter` (brightness, contrast, saturation, hue); used with a generator.
         generator: CPU generator for crops and jitter; None for evaluation (centre crop, no jitter).
 
@@ -120,10 +141,8 @@ def prepare_images(
     """
     pictures = []
     for images in cameras:
-        images = crop(images, crop_ratio, generator)
-        if images.shape[-2:] != (size, size):
-            images = F.resize(images, [size, size], antialias=antialias)
+        levels = _levels(crop(images, crop_ratio, generator, rounding=crop_rounding), size, antialias)
         if generator is not None and jitter is not None:
-            images = color_jitter(images, *jitter, generator=generator)
-        pictures.append(images.clamp(0, 1).mul_(255).round_().to(torch.uint8))
+            levels = color_jitter(levels.div_(255), *jitter, generator=generator).mul_(255)
+        pictures.append(levels.clamp_(0, 255).to(torch.uint8))
     return torch.cat(pictures, dim=-1).unsqueeze(1) if tile else torch.stack(pictures, dim=1)

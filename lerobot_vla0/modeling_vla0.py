@@ -19,7 +19,7 @@ from transformers import AutoProcessor
 from . import adapters, backbone
 from .checkpoint import HUB_OPTIONS, VLM_FOLDER, Checkpoint, check_checkpoint, readable
 from .configuration_vla0 import VLA0Config
-from .decoding.chunk_decoder import ChunkDecoder, EpisodeState
+from .decoding.chunk_decoder import ChunkDecoder, EpisodeState, episode_rows
 from .decoding.server import ServerDecoder
 from .examples import ExampleMaker, augmentation_generator
 from .loss import answer_loss
@@ -147,19 +147,19 @@ class VLA0Policy(PreTrainedPolicy):
         self.decoder.release()
         return super()._apply(*args, **kwargs)
 
-    def reset(self, rows: list[int] | None = None) -> None:
+    def reset(self, rows: Any = None) -> None:
         """Forgets queued actions and earlier chunks. Call at the start of every episode.
 
         Args:
-            rows: of a batch of environments, those whose episodes begin; None for all. The others go on
-                undisturbed, except with `stream`, where all rows are decoded together and look again.
+            rows: that begin, as `episode_rows` takes them; None for all. With `stream` all look again.
         """
-        self._stream: Iterator[Tensor] = iter(())
-        if rows is None:
-            # One state per environment. LeRobot 0.6.2 clears the attribute of this name when queued actions
-            # are to be dropped, for example because the instruction has changed.
+        begun = None if rows is None else episode_rows(rows, len(self._action_queue))
+        if begun != []:
+            self._stream: Iterator[Tensor] = iter(())
+        if begun is None:
+            # One per environment. LeRobot 0.6.2 clears the attribute of this name to drop queued actions.
             self._action_queue: list[EpisodeState] = []
-        for row in (rows or []) if self._action_queue else []:
+        for row in (begun or []) if self._action_queue else []:
             self._action_queue[row] = self.decoder.new_episodes(len(self._action_queue))[0]
 
     def stream_action_chunk(self, batch: dict[str, Any], steps: int | None = None) -> Iterator[Tensor]:

@@ -1,13 +1,16 @@
 """Options of the commands: draccus, LeRobot's parser, with LeRobot's `--policy.path=`."""
 
+import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import draccus
+import yaml
 from draccus.utils import DecodingError, ParsingError
 from lerobot.configs import PreTrainedConfig, parser
 
@@ -35,20 +38,53 @@ class PolicyOptions:
         return ["policy"]  # LeRobot's parser takes `--policy.path=` for these
 
 
-def load_policy_config(path: str | Path, overrides: Sequence[str] = ()) -> PreTrainedConfig:
+def load_policy_config(
+    path: str | Path, overrides: Sequence[str] = (), revision: str | None = None
+) -> PreTrainedConfig:
     """The config of a checkpoint folder or Hub repo, its `pretrained_path` set.
 
     Args:
-        overrides: changed fields, as on a command line: "--device=cpu".
+        overrides: changed fields, as on a command line: "--device=cpu"; see `override_arguments`.
+        revision: of a Hub repo.
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
-        ValueError: the config refuses a value.
+        ValueError: it is no VLA-0 policy, or the config refuses a value.
     """
+    from .checkpoint import find_config  # imports transformers, which `--help` must not
+
+    file = find_config(path, revision=revision)
+    saved = (
+        json.loads(file.read_text()) if file.is_file() else {"type": "vla0"}
+    )  # LeRobot says what is missing
+    if saved.get("type") != "vla0":
+        kind = f"a {saved['type']!r} policy, not vla0" if "type" in saved else "no policy"
+        raise ValueError(f"{path} holds {kind}. Give --policy.path a checkpoint of VLA-0.")
     with _errors_of_configs():
-        config = PreTrainedConfig.from_pretrained(path, cli_overrides=list(overrides))
+        config = PreTrainedConfig.from_pretrained(
+            path, revision=revision, cli_overrides=[_as_json(argument) for argument in overrides]
+        )
     config.pretrained_path = Path(path)
     return config
+
+
+def override_arguments(values: Mapping[str, Any]) -> list[str]:
+    """Changed fields of a saved config, {field: value}, as arguments of `PreTrainedConfig.from_pretrained`,
+    which reads their values as JSON."""
+    return [f"--{name}={json.dumps(value, default=draccus.encode)}" for name, value in values.items()]
+
+
+def _as_json(argument: str) -> str:
+    """`--field=value` or a value of its own, from YAML, as in all other options, to JSON. Strings and numbers
+    are the same in both, as far as LeRobot's parser is concerned."""
+    name, equals, text = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return argument
+    if isinstance(value, list | dict | bool):
+        return f"{name}{equals}{json.dumps(value, default=str)}"
+    return argument
 
 
 def parse_options[Config](config_class: type[Config], prog: str, args: list[str]) -> Config:
@@ -74,7 +110,9 @@ def _errors_of_configs() -> Iterator[None]:
     try:
         yield
     except ParsingError as error:
-        # A DecodingError names field, value and type already.
-        if isinstance(error, DecodingError) or not isinstance(error.__cause__, ValueError):
+        # A DecodingError of a field names field, value and type already; one of the whole config is how the
+        # config's ValueError passes through draccus (`configuration_vla0.reasons_shown`).
+        of_a_field = isinstance(error, DecodingError) and error.key_path
+        if of_a_field or not isinstance(error.__cause__, ValueError):
             raise
         raise error.__cause__ from error

@@ -32,6 +32,15 @@ def tiny_vlm(tmp_path_factory) -> Path:
     return make_tiny_vlm(TinyVLMConfig(out=tmp_path_factory.mktemp("vlm") / "tiny"))
 
 
+def make_act(out: Path) -> None:
+    """The config of a checkpoint of another policy."""
+    from lerobot.configs import FeatureType, PolicyFeature
+    from lerobot.policies.act.configuration_act import ACTConfig
+
+    action = {"action": PolicyFeature(FeatureType.ACTION, (7,))}
+    ACTConfig(push_to_hub=False, output_features=action).save_pretrained(out)
+
+
 @pytest.fixture(scope="session")
 def golden() -> dict:
     return json.loads(shared("golden/vla0_sample.json").read_text())

@@ -1,8 +1,11 @@
 import json
+import shutil
 import time
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from tiny_families import FAMILIES, make_tiny
 from transformers import AutoModelForImageTextToText, AutoProcessor, BertConfig, Qwen2_5_VLConfig
 
 from lerobot_vla0 import backbone
@@ -92,3 +95,46 @@ def test_flash_attention_falls_back_with_one_line(tiny_vlm, caplog):
     assert model.config._attn_implementation == "sdpa"
     warnings = [r.getMessage() for r in caplog.records if "flash" in r.getMessage()]
     assert len(warnings) == 1 and "using sdpa" in warnings[0]
+
+
+@pytest.mark.parametrize("stored", [False, True])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_head_is_tied_if_only_text_config_says_so(name, stored, tmp_path):
+    """As transformers 4.57 writes it; a head that is stored is the model's own."""
+    folder = make_tiny(name, tmp_path / "vlm")
+    saved = json.loads((folder / "config.json").read_text())
+    assert saved.pop("tie_word_embeddings") is saved["text_config"]["tie_word_embeddings"] is True
+    (folder / "config.json").write_text(json.dumps(saved))
+    weights = load_file(folder / "model.safetensors")
+    embeddings = next(key for key in weights if key.endswith("embed_tokens.weight"))
+    if stored:
+        weights["lm_head.weight"] = weights[embeddings] + 1
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    settings = {"dtype": "float32", "attn_implementation": None}
+    model, processor = backbone.load_vlm(folder, revision=None, **settings)
+    assert (model.lm_head.weight is model.get_input_embeddings().weight) is not stored
+    assert torch.equal(model.lm_head.weight, weights["lm_head.weight" if stored else embeddings])
+    backbone.save_vlm(model, processor, tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved/config.json").read_text())
+    assert saved["tie_word_embeddings"] is saved["text_config"]["tie_word_embeddings"] is not stored
+    built, _ = backbone.build_vlm(tmp_path / "saved", **settings)
+    assert (built.lm_head.weight is built.get_input_embeddings().weight) is not stored
+
+
+def test_top_level_decides_if_it_says_so(tiny_vlm, tmp_path):
+    folder = shutil.copytree(tiny_vlm, tmp_path / "vlm")
+    saved = json.loads((folder / "config.json").read_text())
+    saved["tie_word_embeddings"] = False
+    (folder / "config.json").write_text(json.dumps(saved))
+    assert saved["text_config"]["tie_word_embeddings"] is True
+    assert backbone.read_config(folder).tie_word_embeddings is False
+
+
+def test_head_of_truncated_weights(tiny_vlm, tmp_path):
+    folder = shutil.copytree(tiny_vlm, tmp_path / "vlm")
+    saved = json.loads((folder / "config.json").read_text())
+    del saved["tie_word_embeddings"]
+    (folder / "config.json").write_text(json.dumps(saved))
+    (folder / "model.safetensors").write_bytes(b"short")
+    with pytest.raises(ValueError, match="model.safetensors is truncated or damaged: copy it again"):
+        backbone.read_config(folder)

@@ -118,7 +118,7 @@ def test_a_checkpoint_of_ones_own(config, tiny_vlm, tiny_dataset):
 @pytest.mark.parametrize("family", ["smolvlm", "qwen3_vl", "gemma3"])
 def test_a_checkpoint_of_another_family(family, config, tiny_dataset, tmp_path):
     """Its language model has another name, its inputs other keys; Gemma 3 decodes row by row."""
-    settings = {**PICTURES[family], "chunk_size": 2, "n_action_steps": 2}
+    settings = {**PICTURES[family], "chunk_size": 2, "n_action_steps": 2, "crop_ratio": 1.0}
     save_random(make_config(make_tiny(family, tmp_path / "vlm"), **settings), tiny_dataset, config)
     config.chunks, config.batch_size, config.workloads = 2, 2, ["own"]
     rows = {row["mode"]: row for row in bench_decode(config)["results"]}

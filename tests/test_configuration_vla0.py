@@ -1,10 +1,14 @@
 import dataclasses
 import re
 
+import draccus
 import pytest
+import yaml
 from conftest import make_config
+from draccus.utils import DecodingError
 from draccus.wrappers.docstring import get_attribute_docstring, get_preferred_help_text
 from lerobot.configs import FeatureType, NormalizationMode, PolicyFeature, PreTrainedConfig
+from lerobot.envs.configs import EnvConfig
 
 from lerobot_vla0 import VLA0Config
 
@@ -44,35 +48,88 @@ def test_round_trip(tmp_path):
     assert loaded == config
 
 
+REFUSED = [
+    ("dtype", "fp8", "one of bfloat16, float16, float32"),
+    ("n_obs_steps", 2, "1 \\(VLA-0 has no history\\)"),
+    ("chunk_size", 0, "at least 1"),
+    ("n_action_steps", 9, "1..chunk_size \\(8\\)"),
+    ("num_bins", 1, "at least 2"),
+    ("temperature", -1.0, "at least 0"),
+    ("draft_length", -1, "None or in 0..63"),
+    ("ensemble_size", 0, "at least 1"),
+    ("ensemble_weight", 0.0, "in \\(0, 1\\]"),
+    ("cameras", [], "list of different image keys"),
+    ("cameras", ["a", "a"], "list of different image keys"),
+    ("image_size", 0, "at least 1 pixel"),
+    ("crop_ratio", 1.2, "in \\(0, 1\\]"),
+    ("jitter_hue", 0.6, "in \\[0, 0.5\\]"),
+    ("jitter_contrast", -0.1, "in \\[0, 1\\]"),
+    ("action_norm", "episode", "dataset or task"),
+    ("server_timeout", 0.0, "above 0"),
+    ("action_mask_prob", 1.5, "in \\[0, 1\\]"),
+    ("optimizer_lr", 0.0, "above 0"),
+    ("scheduler_warmup_steps", -1, "at least 0"),
+    ("chunk_size", None, "at least 1"),
+    ("n_action_steps", None, "1..chunk_size \\(8\\)"),
+    ("optimizer_betas", (0.9, 1.0), "two numbers in \\[0, 1\\)"),
+]
+
+
+@pytest.mark.parametrize(("field", "value", "allowed"), REFUSED)
+def test_errors_name_field_value_and_what_is_allowed(field, value, allowed):
+    message = f"{field}={re.escape(repr(value))} is not allowed: it must be .*{allowed}"
+    with pytest.raises(ValueError, match=message):
+        VLA0Config(device="cpu", **{field: value})
+
+
+@dataclasses.dataclass
+class Script:
+    """As the configs of LeRobot's scripts."""
+
+    policy: PreTrainedConfig | None = None
+    env: EnvConfig | None = None
+
+
+@pytest.mark.parametrize(("field", "value", "allowed"), REFUSED)
+def test_errors_keep_their_reason_on_a_command_line(field, value, allowed):
+    text = "null" if value is None else str(list(value) if isinstance(value, tuple) else value)
+    value = "(?:" + "|".join(re.escape(repr(v)) for v in (value, str(value))) + ")"  # draccus makes no types
+    with pytest.raises(DecodingError, match=f"{field}={value} is not allowed: it must be .*{allowed}"):
+        draccus.parse(Script, args=["--policy.type=vla0", f"--policy.{field}={text}"])
+
+
 @pytest.mark.parametrize(
-    ("field", "value", "allowed"),
+    ("arguments", "message"),
     [
-        ("dtype", "fp8", "one of bfloat16, float16, float32"),
-        ("n_obs_steps", 2, "1 \\(VLA-0 has no history\\)"),
-        ("chunk_size", 0, "at least 1"),
-        ("n_action_steps", 9, "1..chunk_size \\(8\\)"),
-        ("num_bins", 1, "at least 2"),
-        ("temperature", -1.0, "at least 0"),
-        ("draft_length", -1, "None or in 0..63"),
-        ("ensemble_size", 0, "at least 1"),
-        ("ensemble_weight", 0.0, "in \\(0, 1\\]"),
-        ("cameras", [], "list of different image keys"),
-        ("cameras", ["a", "a"], "list of different image keys"),
-        ("image_size", 0, "at least 1 pixel"),
-        ("crop_ratio", 1.2, "in \\(0, 1\\]"),
-        ("jitter_hue", 0.6, "in \\[0, 0.5\\]"),
-        ("jitter_contrast", -0.1, "in \\[0, 1\\]"),
-        ("action_norm", "episode", "dataset or task"),
-        ("server_timeout", 0.0, "above 0"),
-        ("action_mask_prob", 1.5, "in \\[0, 1\\]"),
-        ("optimizer_lr", 0.0, "above 0"),
-        ("scheduler_warmup_steps", -1, "at least 0"),
+        (["--policy.type=vla0", "--policy.ensemble_size=8"], "ensemble_size=8 has nothing to average"),
+        (
+            ["--policy.type=vla0", "--policy.normalization_mapping={ACTION: MEAN_STD}"],
+            r"normalization_mapping\['STATE'\]=None is not allowed: it must be one of MIN_MAX, QUANTILES",
+        ),
+        (["--env.type=vla0_libero", "--env.task=libero_foo"], "unknown LIBERO suite 'libero_foo'. Known:"),
+        (["--env.type=vla0_libero", "--env.task_ids=[10]"], "libero_object has the tasks 0..9, not"),
     ],
 )
-def test_errors_name_field_value_and_what_is_allowed(field, value, allowed):
-    shown = repr(value).replace("[", "\\[").replace("]", "\\]")
-    with pytest.raises(ValueError, match=f"{field}={shown} is not allowed: it must be .*{allowed}"):
-        VLA0Config(device="cpu", **{field: value})
+def test_errors_of_several_fields_and_of_the_environment(arguments, message):
+    with pytest.raises(DecodingError, match=message):
+        draccus.parse(Script, args=arguments)
+
+
+@pytest.mark.parametrize(
+    "text", ["[observation.images.image2, observation.images.image]", '["b", "a"]', "[b]", "null"]
+)
+def test_lists_and_dicts_are_yaml_for_new_policies_and_for_saved_ones(text, tmp_path):
+    make_config("vlm", cameras=["a"]).save_pretrained(tmp_path)
+    mapping = "{VISUAL: IDENTITY, STATE: QUANTILES, ACTION: QUANTILE10}"
+    arguments = [f"--cameras={text}", f"--normalization_mapping={mapping}"]
+    saved = PreTrainedConfig.from_pretrained(tmp_path, cli_overrides=arguments)
+    new = draccus.parse(VLA0Config, args=arguments)
+    for config in (saved, new):
+        assert config.cameras == yaml.safe_load(text)
+        assert config.normalization_mapping == yaml.safe_load(mapping)
+        assert config.normalization_mapping["ACTION"] is NormalizationMode.QUANTILE10
+    saved.save_pretrained(tmp_path)
+    assert PreTrainedConfig.from_pretrained(tmp_path) == saved
 
 
 def test_ensembling_needs_overlap():

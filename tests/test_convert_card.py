@@ -5,10 +5,8 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 import yaml
-from conftest import make_config, make_stats
+from conftest import make_act, make_config, make_stats
 from huggingface_hub import ModelCard
-from lerobot.configs import FeatureType, PolicyFeature
-from lerobot.policies.act.configuration_act import ACTConfig
 
 from lerobot_vla0.cli import main
 from lerobot_vla0.convert.card import make_card
@@ -165,8 +163,7 @@ def test_command_writes_then_renews_the_evaluation(checkpoint, tmp_path):
 
 def test_user_errors(checkpoint, tmp_path):
     empty = write_results(tmp_path / "empty", stand_ins=False, done=0)
-    act = {"push_to_hub": False, "output_features": {"action": PolicyFeature(FeatureType.ACTION, (7,))}}
-    ACTConfig(**act).save_pretrained(tmp_path / "act")
+    make_act(tmp_path / "act")
     for options, message in [
         ([], "the card of which checkpoint"),
         (["--policy.path=me/policy"], "is no folder. Download the checkpoint first"),

@@ -3,7 +3,7 @@ import re
 
 import pytest
 import torch
-from conftest import make_batch, make_config, make_stats, observation, randomise
+from conftest import make_act, make_batch, make_config, make_stats, observation, randomise
 from safetensors.torch import load_file
 from tiny_families import PICTURES, make_tiny
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig, PreTrainedModel
@@ -125,6 +125,9 @@ def test_user_errors(learnt, tmp_path):
         run_export(learnt[0], tmp_path / "taken")
     with pytest.raises(SystemExit, match="which checkpoint"):
         main(["export", f"--out={tmp_path / 'out'}"])
+    make_act(tmp_path / "act")
+    with pytest.raises(SystemExit, match="export: --policy.path=.*/act holds a 'act' policy, not vla0"):
+        run_export(tmp_path / "act", tmp_path / "out")
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "config.json").write_bytes((learnt[0] / "config.json").read_bytes())

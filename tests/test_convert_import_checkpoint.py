@@ -128,10 +128,15 @@ def tiled_picture(cameras: list[np.ndarray], antialias: bool) -> Image.Image:
         edge = (pixels.shape[0] - side) // 2
         part = torch.from_numpy(pixels)[edge : edge + side, edge : edge + side].permute(2, 0, 1)[None]
         if side != 224:
-            part = torch.nn.functional.interpolate(
-                part, size=(224, 224), mode="bilinear", align_corners=False, antialias=antialias
+            scale = 255 if antialias else 1  # which of the codes resizes numbers in [0, 1]
+            part = scale * torch.nn.functional.interpolate(
+                part.float() / scale,
+                size=(224, 224),
+                mode="bilinear",
+                align_corners=False,
+                antialias=antialias,
             )
-        parts.append(part[0].permute(1, 2, 0).numpy())
+        parts.append(part[0].permute(1, 2, 0).numpy().astype(np.uint8))  # truncated
     return Image.fromarray(np.concatenate(parts, axis=1))
 
 
@@ -208,8 +213,7 @@ def test_same_tokens_pixels_and_actions(form, model_folder, add_vision_id, reque
 
 @pytest.mark.parametrize("form", ["original", "trl"])
 def test_resized_pixels(form, request, tmp_path):
-    """Those codes round to 8 bits before the resize's end, so a pixel may differ by 1/255; the wrong kind of
-    resize would differ by far more."""
+    """Byte for byte; the wrong kind of resize differs by far more than rounding."""
     policy = run_import(request.getfixturevalue(form), tmp_path / "ours")
     cameras, batch = observe(size=360)
     ours = policy.examples.pictures(policy.examples.check(batch), None)[0, 0].permute(1, 2, 0).int()
@@ -220,7 +224,7 @@ def test_resized_pixels(form, request, tmp_path):
         for antialias in (False, True)
     }
     right = form == "trl"
-    assert difference[right] <= 1 and difference[not right] > 20
+    assert difference[right] == 0 and difference[not right] > 20
 
 
 def test_golden_tokens(qwen_processor, golden, tmp_path):
@@ -268,9 +272,10 @@ def test_settings_of_the_config(trained, tmp_path):
     assert (config.chunk_size, config.n_action_steps, config.num_bins) == (4, 4, 500)
     assert (config.image_size, config.crop_ratio, config.tile_images) == (112, 0.9, False)
     assert config.add_vision_id and not config.resize_antialias and config.action_mask_prob == 0.1
+    assert config.crop_rounding == "even"
     assert config.camera_keys == ["wrist", "observation.images.top"]
     assert config.action_feature.shape == (2,)
-    for option in ("--chunk_size=8", "--image_size=224", "--crop_ratio=0.5"):
+    for option in ("--chunk_size=8", "--num_bins=1000", "--image_size=224", "--crop_ratio=0.5"):
         with pytest.raises(SystemExit, match=f"{option.split('=')[0]}=.* contradicts .*config.yaml"):
             run_import(run, tmp_path / "other", option, "--cameras=[a, b]")
 
@@ -282,11 +287,54 @@ def test_checkpoint_n_with_statistics_elsewhere(trl, tmp_path):
     (trl / "dataset_stats.json").rename(tmp_path / "stats.json")
     with pytest.raises(SystemExit, match=r"dataset_stats.pkl or dataset_stats.json is missing.*--stats="):
         run_import(trl, tmp_path / "ours")
-    options = [f"--stats={tmp_path}/stats.json", "--chunk_size=5", "--crop_ratio=1"]
+    options = [f"--stats={tmp_path}/stats.json", "--chunk_size=5", "--crop_ratio=1", "--num_bins=255"]
     config = run_import(trl, tmp_path / "ours", *options).config
     assert (config.chunk_size, config.crop_ratio, config.resize_antialias) == (5, 1.0, True)
+    assert (config.num_bins, config.crop_rounding, config.add_vision_id) == (255, "down", False)
     with pytest.raises(SystemExit, match="made for pictures of 100352 pixels, not for 1 cameras of 224×224"):
         run_import(trl, tmp_path / "other", *options, "--cameras=[observation.images.front]")
+
+
+@pytest.mark.parametrize(
+    ("names", "argument", "expected"),
+    [
+        (["model_final"], "", "model_final"),
+        (["model_3", "model_10"], "", "model_10"),
+        (["model_final", "model_3", "model_last"], "", "model_last"),
+        (["model_final", "model_3"], "model_3.pth", "model_3"),
+        (["model_final", "model_3"], "model_3", "model_3"),
+    ],
+)
+def test_which_model_of_a_run(names, argument, expected, original, tmp_path, capsys):
+    (original / "model_last").rename(original / expected)
+    for name in set(names) - {expected}:
+        shutil.copytree(original / expected, original / name)
+        (original / name / "model.safetensors").write_bytes(b"broken: must not be read")
+    (original / f"{expected}.pth").write_bytes(b"no weights in it")
+    run_import(original / argument, tmp_path / "ours")
+    assert f"Imported {expected} of NVlabs/vla0" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="the model's folder .*/model_99 is not there.*holds no weights"):
+        run_import(original / "model_99.pth", tmp_path / "other")
+
+
+def test_prompt_of_an_old_transformers_is_in_the_card(original, tmp_path, capsys):
+    file = original / "model_last/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"transformers_version": "4.51.3"}))
+    assert not run_import(original, tmp_path / "ours").config.add_vision_id
+    why = "add_vision_id=false: written with transformers 4.51.3; before 4.52 it dropped add_vision_id"
+    assert why in capsys.readouterr().out
+    card = (tmp_path / "ours/README.md").read_text()
+    assert f"| imported from | a checkpoint of NVlabs/vla0. {why}" in card
+    assert '| prompt | without "Picture 1: " before the picture (`add_vision_id=false`) |' in card
+    assert run_import(original, tmp_path / "other", "--add_vision_id=true").config.add_vision_id
+    with pytest.raises(SystemExit, match="--add_vision_id='often' is not allowed: .* true or false"):
+        run_import(original, tmp_path / "third", "--add_vision_id=often")
+
+
+def test_options_that_do_not_apply(trl, tmp_path):
+    for option in ("--base=x", "--data_config=x.yaml"):
+        with pytest.raises(SystemExit, match=f"{option.split('=')[0]}=.* does not apply"):
+            run_import(trl, tmp_path / "ours", option)
 
 
 def test_shards_old_names_and_a_copy_of_the_tied_head(trl, tmp_path):
@@ -380,15 +428,26 @@ def damage_weights(run: Path, change) -> None:
             ),
             "is truncated",
         ),
-        (lambda run: (run / "final/adapter_config.json").write_text("{}"), "holds a LoRA adapter"),
+        (
+            lambda run: (run / "final/adapter_config.json").write_text("{}"),
+            "does not name the model that the adapter was trained on .*--base=",
+        ),
+        (
+            lambda run: (run / "final/adapter_config.json").write_text('{"base_model_name_or_path": "gone"}'),
+            "--base='gone' is neither a folder nor a Hub repo",
+        ),
         (lambda run: (run / "final/config.json").write_text("{}"), "no config of a Transformers model"),
+        (
+            lambda run: (run / "final/config.json").write_text('{"type": "act"}'),
+            "but of a LeRobot policy of type 'act'",
+        ),
         (
             lambda run: (run / "config.yaml").write_text("horizon: 8"),
             "is no config of NVlabs/vla0's training",
         ),
         (lambda run: write_config(run, history=2), "MODEL.QWEN.history is 2; imported can be 1 only"),
         (lambda run: write_config(run, use_lora=True), "MODEL.QWEN.use_lora is True"),
-        (lambda run: write_config(run, "IMAGE.img_size:224"), "KeyError: 'IMAGE.crop_img'"),
+        (lambda run: write_config(run, "IMAGE.img_size:224"), "does not say IMAGE.crop_img.*--crop_ratio"),
         (
             lambda run: write_config(run, original_action_dim=6),
             "of 7 action dimensions, but .* trained with 6",

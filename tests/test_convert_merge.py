@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import make_batch, make_config, observation, randomise
+from conftest import make_act, make_batch, make_config, observation, randomise
 from test_adapters import load, logits, make_adapter, save, train_adapter
 
 from lerobot_vla0.agent import Agent
@@ -61,9 +61,11 @@ def test_merged_in_bfloat16_and_used_by_an_agent(tiny_vlm, processors, tmp_path)
 
 def test_nothing_to_merge(policy, processors, tiny_vlm, tmp_path):
     save(policy, processors, tmp_path / "full")
+    make_act(tmp_path / "act")
     for arguments, message in [
         ([], "which adapter"),
         ([f"--policy.path={tmp_path}/full"], "is no adapter .*nothing to merge"),
+        ([f"--policy.path={tmp_path}/act"], "merge: --policy.path=.*/act holds a 'act' policy, not vla0"),
     ]:
         with pytest.raises(SystemExit, match=message):
             main(["merge", f"--out={tmp_path}/merged", *arguments])

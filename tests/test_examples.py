@@ -51,6 +51,29 @@ def test_state_that_is_missing_is_named(tiny_vlm, processors):
         policy.examples.check(batch)
 
 
+@pytest.mark.parametrize("size", [(64, 64), (64, 90), (65, 64)])
+def test_pictures_are_never_enlarged(size, policy, processors):
+    """The smallest that pass: 56 pixels after the crop to 0.875."""
+    batch = processors[0](make_batch(rows=1))
+    batch["observation.images.image"] = torch.rand(1, 3, *size)
+    policy.examples.check(batch)
+    batch["observation.images.image"] = torch.rand(1, 3, 63, size[1])
+    with pytest.raises(ValueError, match=f"63×{size[1]} pixels, 55×.* smaller than image_size=56"):
+        policy.examples.check(batch)
+
+
+def test_state_that_is_no_tensor_is_named(tiny_vlm, processors):
+    from conftest import make_config
+
+    from lerobot_vla0.modeling_vla0 import VLA0Policy
+
+    policy = VLA0Policy(make_config(tiny_vlm, use_state=True))
+    batch = processors[0](make_batch())
+    for state in (batch["observation.state"].numpy(), batch["observation.state"][0], torch.zeros(3, 8)):
+        with pytest.raises(ValueError, match=r"observation.state must be a float tensor \(4, S\)"):
+            policy.examples.check({**batch, "observation.state": state})
+
+
 def test_rows_of_an_observation(policy, processors):
     batch = processors[0](make_batch())
     seen = policy.examples.check(batch)

@@ -24,6 +24,39 @@ def test_evaluation_pixels_at_256_are_exactly_the_cameras():
     assert torch.equal(out[:, 0, :, :, 224:], two[..., 16:240, 16:240])
 
 
+@pytest.mark.parametrize("convert", [lambda x: x / 255, lambda x: x * (1 / 255), lambda x: x / 255 - 1e-8])
+def test_every_byte_survives(convert):
+    """None is truncated to the one below where nothing is resized."""
+    levels = torch.arange(256).reshape(1, 1, 16, 16).expand(1, 3, 16, 16)
+    images = convert(levels.float()).clamp(0, 1)
+    for antialias in (True, False):
+        out = prepare_images([images], size=16, crop_ratio=1.0, tile=True, antialias=antialias)
+        assert torch.equal(out[:, 0], levels.byte())
+
+
+def test_jittered_pixels_are_truncated():
+    image = torch.full((1, 3, 8, 8), 100.0) / 255
+    settings = {"size": 8, "crop_ratio": 1.0, "tile": True, "antialias": True, "jitter": (0.2, 0, 0, 0)}
+    for seed in range(8):
+        out = prepare_images([image], **settings, generator=torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        torch.randint(0, 1, (1,), generator=generator), torch.randint(0, 1, (1,), generator=generator)
+        torch.randperm(4, generator=generator)
+        factor = 1 + 0.2 * (torch.rand(1, generator=generator) * 2 - 1)
+        assert out.unique().item() == int(100 * factor)
+
+
+@pytest.mark.parametrize(
+    ("side", "down", "even"), [(600, 37, 38), (1080, 67, 68), (256, 16, 16), (584, 36, 36)]
+)
+def test_centre_crop_between_two_pixels(side, down, even):
+    """As torchvision's center_crop, or one pixel lower."""
+    images = torch.arange(side).float().expand(1, 3, side, side)
+    for rounding, expected in (("down", down), ("even", even)):
+        assert crop(images, 0.875, rounding=rounding)[0, 0, 0, 0] == expected
+    assert torch.equal(crop(images, 0.875, rounding="even"), F.center_crop(images, [int(side * 0.875)] * 2))
+
+
 def test_untiled_keeps_cameras_apart():
     cameras = [rand(2, 3, 256, 256), rand(2, 3, 300, 400, seed=1)]
     out = prepare_images(cameras, **{**SETTINGS, "tile": False})
@@ -36,8 +69,9 @@ def test_resize_follows_antialias():
     image = uint8_images(1, 512).float() / 255
     for antialias in (True, False):
         out = prepare_images([image], **{**SETTINGS, "antialias": antialias})
-        expected = F.resize(image[..., 32:480, 32:480], [224, 224], antialias=antialias)
-        assert torch.equal(out[:, 0], (expected.clamp(0, 1) * 255).round().byte())
+        scale = 1 if antialias else 255  # what is resized: [0, 1] or grey levels
+        expected = F.resize(image[..., 32:480, 32:480] * scale, [224, 224], antialias=antialias)
+        assert torch.equal(out[:, 0], (expected * (255 / scale)).byte())
 
 
 def test_random_crops_lie_inside_and_differ_between_rows():

@@ -1,7 +1,13 @@
+import multiprocessing
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+
 import gymnasium
 import numpy as np
 import pytest
-from conftest import shared
+from conftest import run_script, shared
 
 import lerobot_vla0  # noqa: F401  (registers the id)
 
@@ -21,6 +27,145 @@ pytestmark = pytest.mark.usefixtures("throw_away")
 def test_unknown_suite_or_task(arguments, message):
     with pytest.raises(ValueError, match=message):
         gymnasium.make(ID, **arguments)
+
+
+class Simulator:
+    """In place of LeRobot's environment: an episode without end."""
+
+    task_description, _init_states = "wait", range(50)
+    action_space = gymnasium.spaces.Box(-1, 1, (7,), np.float32)
+
+    def __init__(self, observation_height, **_):
+        image = np.zeros((observation_height, observation_height, 3), np.uint8)
+        eef = {"pos": np.zeros(3), "quat": np.array([0, 0, 0, 1.0]), "mat": np.eye(3)}
+        joints = {"pos": np.zeros(7), "vel": np.zeros(7)}
+        gripper = {"qpos": np.zeros(2), "qvel": np.zeros(2)}
+        self.observation = {
+            "pixels": {"image": image, "image2": image},
+            "robot_state": {"eef": eef, "gripper": gripper, "joints": joints},
+        }
+
+    def reset(self, seed):
+        return self.observation, {}
+
+    def step(self, action):
+        return self.observation, 0.0, False, False, {"is_success": False}
+
+    def close(self):
+        pass
+
+
+@pytest.fixture
+def simulator(monkeypatch):
+    from lerobot_vla0.libero import env
+
+    module = ModuleType("lerobot.envs.libero")
+    module.LiberoEnv, module._get_suite = Simulator, lambda name: name
+    monkeypatch.setitem(sys.modules, "lerobot.envs.libero", module)
+    monkeypatch.setattr(env, "prepare_libero", lambda suite, assets: None)
+    monkeypatch.setattr(env.LiberoEnv, "_rendering_process", None)
+    return env
+
+
+def steps_of(env) -> int:
+    env.reset(seed=0)
+    for step in range(1, 1000):
+        *_, truncated, _ = env.step(np.zeros(7, dtype=np.float32))
+        if truncated:
+            return step
+    raise AssertionError("no end")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "steps"),
+    [
+        ({}, 280),
+        ({"max_episode_steps": 400}, 400),
+        ({"max_episode_steps": 5}, 5),
+        ({"max_episode_steps": -1}, 280),
+        ({"suite": "libero_spatial", "max_episode_steps": 221}, 221),
+    ],
+)
+def test_step_limit(arguments, steps, simulator):
+    env = gymnasium.make(ID, image_size=16, **arguments)
+    assert steps_of(env) == steps
+    assert steps_of(gymnasium.make(env.spec)) == steps
+    if arguments.get("max_episode_steps", 1) > 0:
+        assert steps_of(simulator.LiberoEnv(image_size=16, **arguments)) == steps
+    vector = gymnasium.make_vec(ID, num_envs=1, vectorization_mode="sync", image_size=16, **arguments)
+    assert vector.get_attr("_max_episode_steps") == (steps,)
+
+
+@pytest.mark.parametrize("steps", [0, -3])
+def test_step_limit_below_one(steps):
+    from lerobot_vla0.libero.env import LiberoEnv
+
+    with pytest.raises(ValueError, match=f"max_episode_steps={steps} must be at least 1, or None"):
+        LiberoEnv(max_episode_steps=steps)
+
+
+def test_processes_that_may_render(simulator):
+    """A process that is forked after this one has rendered is refused at once; before, it renders itself."""
+    before = forked_reset(simulator.LiberoEnv(image_size=16))
+    assert before == "rendered"
+    env = gymnasium.make(ID, image_size=16)
+    for _ in range(2):
+        env.reset(seed=0)
+    after = forked_reset(env.unwrapped)
+    assert f"forked from process {os.getpid()} after that one had rendered" in after
+    assert 'vector_kwargs={"context": "spawn"}' in after
+
+
+def forked_reset(env) -> str:
+    context = multiprocessing.get_context("fork")
+    answers = context.SimpleQueue()
+
+    def reset():
+        try:
+            env.reset(seed=0)
+            answers.put("rendered")
+        except RuntimeError as error:
+            answers.put(str(error))
+
+    process = context.Process(target=reset)
+    process.start()
+    process.join(timeout=60)
+    return answers.get()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("context", "said"), [("", "LiberoEnv cannot render"), ("spawn", "states 2")])
+def test_async_vector_after_a_reset_in_this_process(context, said, process_env, tmp_path):
+    """In a process of its own, which may hang."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"""
+import gymnasium, lerobot_vla0
+if __name__ == "__main__":
+    settings = dict(image_size=32, assets="primitive")
+    env = gymnasium.make({ID!r}, max_episode_steps=400, **settings)
+    env.reset(seed=0)
+    options = dict(vector_kwargs={{"context": {context!r}}} if {context!r} else {{}}, **settings)
+    envs = gymnasium.make_vec({ID!r}, num_envs=2, vectorization_mode="async", **options)
+    try:
+        _, info = envs.reset(seed=[1, 2])
+        print("states", len(set(info["init_state"].tolist())))
+    except RuntimeError as error:
+        print("failed:", error)
+    envs.close(terminate=True)
+"""
+    )
+    result = run_script(Path(sys.executable).name, str(script), env=process_env, timeout=240, check=False)
+    assert said in result.stdout, result.stdout
+
+
+@pytest.mark.slow
+def test_step_limit_beyond_the_suites_in_the_simulator():
+    env = gymnasium.make(ID, max_episode_steps=283, image_size=16, assets="primitive")
+    try:
+        assert steps_of(env) == 283  # libero_object has 280
+    finally:
+        env.close()
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@ import random
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import learn, make_batch, make_config, make_stats, observation, randomise
@@ -306,6 +307,51 @@ def test_acting_is_in_evaluation_mode_and_leaves_gradients_alone(act, policy, pr
     policy(batch)[0].backward()
 
 
+@pytest.mark.parametrize("act", ["select_action", "predict_action_chunk", "stream_action_chunk"])
+@pytest.mark.parametrize("settings", [{}, {"ensemble_size": 3, "n_action_steps": 2}, {"stream": True}])
+def test_acting_keeps_no_graph(act, settings, tiny_vlm, processors):
+    """Also where the caller records gradients, and with a state and pictures that ask for them."""
+    policy = VLA0Policy(make_config(tiny_vlm, use_state=True, tile_images=False, **settings))
+    kept: list[torch.Tensor] = []
+    for seed in range(2):
+        batch = observation(processors[0](make_batch(rows=2, seed=seed)))
+        for value in batch.values():
+            if isinstance(value, torch.Tensor):
+                value.requires_grad_()
+        with torch.enable_grad():
+            acted = getattr(policy, act)(batch)
+            kept += list(acted) if act == "stream_action_chunk" else [acted]
+    for episode in policy._action_queue:
+        kept += [*episode.actions, *episode.ensembler.chunks]
+    assert kept and not any(tensor.requires_grad for tensor in kept)
+
+
+@pytest.mark.parametrize("form", [list, tuple, np.array, torch.tensor])
+def test_rows_of_a_reset(form, policy, processors):
+    """Indices and masks, in any form, name the same rows; others keep their queue."""
+    batch = observation(processors[0](make_batch(rows=4)))
+    for mask in ([1, 0, 0, 0], [0, 1, 0, 1], [0, 0, 0, 0], [1, 1, 1, 1]):
+        for rows in (form([bool(row) for row in mask]), form([i for i in range(4) if mask[i]])):
+            policy.reset()
+            policy.select_action(batch)
+            policy.reset(rows)
+            assert [not episode.actions for episode in policy._action_queue] == [bool(row) for row in mask]
+    for rows in ([4], [-1], np.array([0, 9]), np.ones(3, dtype=bool), [0.5], 1, [[0]]):
+        with pytest.raises(
+            ValueError, match="^rows=.*(are not there|mask of 3 rows|must be a list or array)"
+        ):
+            policy.reset(rows)
+
+
+def test_reset_of_no_row_does_not_interrupt_a_stream(tiny_vlm, processors):
+    policy = VLA0Policy(make_config(tiny_vlm, stream=True, n_action_steps=2)).eval()
+    first, second = (observation(processors[0](make_batch(rows=2, seed=s))) for s in (0, 1))
+    chunk = policy.predict_action_chunk(first)
+    assert torch.equal(policy.select_action(first), chunk[:, 0])
+    policy.reset(np.zeros(2, dtype=bool))
+    assert torch.equal(policy.select_action(second), chunk[:, 1])
+
+
 def test_predicting_for_other_environments_keeps_the_queue(tiny_vlm, processors):
     policy = VLA0Policy(make_config(tiny_vlm, n_action_steps=3)).eval()
     batch = observation(processors[0](make_batch(rows=2)))
@@ -439,9 +485,23 @@ def test_missing_camera_names_those_present(policy, processors):
         (lambda b: b.__setitem__("task", ["", "a", "b", "c"]), "task is an empty string"),
         (
             lambda b: b.__setitem__("observation.images.image", torch.rand(4, 3, 40, 40)),
-            "smaller than the crop",
+            "40×40 pixels, 35×35 after the crop .*: smaller than image_size=56",
+        ),
+        (
+            lambda b: b.__setitem__("observation.images.image", torch.rand(4, 3, 60, 80)),
+            r"60×80 pixels, 52×70 after the crop \(crop_ratio=0.875\): smaller than image_size=56",
         ),
         (lambda b: b.__setitem__("observation.images.image", torch.rand(4, 64, 64, 3)), r"\(B, 3, H, W\)"),
+        (
+            lambda b: b.__setitem__("observation.images.image", b["observation.images.image"].numpy()),
+            r"images.image must be a float tensor .* got float32 of shape \(4, 3, 64, 64\) \(ndarray\)",
+        ),
+        (
+            lambda b: b.__setitem__("observation.images.image", torch.rand(4, 1, 64, 64)),
+            "A depth camera cannot be shown: choose the others with --policy.cameras",
+        ),
+        (lambda b: b.__setitem__("task", None), "no 'task'"),
+        (lambda b: b.__setitem__("task", [None] * 4), "one instruction per row, each a string"),
         (lambda b: b.__setitem__("action", torch.rand(4, 8, 7)), "through the policy's preprocessor"),
         (lambda b: b.__setitem__("action", b["action"][:, :4]), r"shape \(B, 8, 7\)"),
     ],

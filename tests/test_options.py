@@ -1,11 +1,16 @@
+import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
 
 import pytest
 from conftest import make_config
 from draccus.utils import DecodingError
+from lerobot.configs import NormalizationMode
 
-from lerobot_vla0.options import PolicyOptions, load_policy_config, parse_options
+from lerobot_vla0.cli import main
+from lerobot_vla0.configuration_vla0 import VLA0Config
+from lerobot_vla0.options import PolicyOptions, load_policy_config, override_arguments, parse_options
 
 
 @dataclass(kw_only=True)
@@ -62,3 +67,57 @@ def test_policy_config_of_a_folder(checkpoint):
         load_policy_config(checkpoint, ["--n_action_steps=9"])
     with pytest.raises(FileNotFoundError, match=r"config.json not found in"):
         load_policy_config(checkpoint.parent)
+    for name in ("no such folder", "outputs/no/such/folder"):
+        with pytest.raises(FileNotFoundError, match=f"'{name}' is neither a folder nor a Hub repo"):
+            load_policy_config(name)
+
+
+@pytest.mark.parametrize(
+    ("text", "field", "value"),
+    [
+        ("[b, a]", "cameras", ["b", "a"]),
+        ('["b", "a"]', "cameras", ["b", "a"]),
+        ("null", "draft_length", None),
+        ("True", "stream", True),
+        ("true", "stream", True),
+        ("[mine, 'to share']", "tags", ["mine", "to share"]),
+        ("1e-5", "optimizer_lr", 1e-5),
+        ("[0.9, 0.95]", "optimizer_betas", (0.9, 0.95)),
+        ("0123456", "vlm_revision", "0123456"),
+        ("2024-05-01", "server_model", "2024-05-01"),
+        ("a: b: c", "server_model", "a: b: c"),
+    ],
+)
+@pytest.mark.parametrize("form", ["one argument", "two"])
+def test_values_are_read_as_yaml_beside_a_path(text, field, value, form, checkpoint):
+    pair = [f"--policy.{field}={text}"] if form == "one argument" else [f"--policy.{field}", text]
+    policy = parse_options(Options, "prog", [f"--policy.path={checkpoint}", *pair]).policy
+    assert getattr(policy, field) == value and type(getattr(policy, field)) is type(value)
+
+
+def test_python_values_come_back_as_they_are(checkpoint):
+    """Each default of the config, and others, through LeRobot's parser."""
+    mapping = {"VISUAL": "IDENTITY", "STATE": NormalizationMode.QUANTILES, "ACTION": "QUANTILES"}
+    values = {field.name: getattr(make_config("vlm"), field.name) for field in fields(VLA0Config)}
+    values |= {"draft_length": None, "cameras": ["b", "a"], "stream": True, "normalization_mapping": mapping}
+    values |= {"server_model": "null", "optimizer_betas": (0.5, 0.6), "pretrained_path": Path("some/where")}
+    config = load_policy_config(checkpoint, override_arguments(values))
+    for name, value in values.items():
+        if name != "pretrained_path":
+            assert getattr(config, name) == value, name
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        ({"type": "act", "n_obs_steps": 1}, "a 'act' policy, not vla0"),
+        ({"type": "of_a_plugin_that_is_not_there"}, "a 'of_a_plugin_that_is_not_there' policy, not vla0"),
+        ({"model_type": "qwen2_5_vl"}, "no policy. Give"),
+    ],
+)
+@pytest.mark.parametrize("command", ["eval", "export", "merge", "card", "strip"])
+def test_checkpoint_of_another_kind(command, content, kind, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(SystemExit, match=f"lerobot-vla0 {command}: {tmp_path} holds {kind}"):
+        arguments = [f"--policy.path={tmp_path}", f"--out={tmp_path}/out", "--policy.draft_length=2"]
+        main([command, *arguments])

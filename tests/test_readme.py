@@ -1,10 +1,11 @@
 """What the READMEs say of files, commands and settings exists."""
 
 import dataclasses
+import inspect
 import re
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from pkgutil import resolve_name
 
 import pytest
 from conftest import ROOT
@@ -75,11 +76,11 @@ def test_commands_and_their_options_exist(file):
     for line in command_lines(file):
         name = command_name(line)
         assert name is not None, line
-        command = COMMANDS[name]
-        if command.config is None:  # not a dataclass: options of TRL or argparse
+        function = resolve_name(f"lerobot_vla0.{COMMANDS[name][0]}")
+        (parameter,) = inspect.signature(function).parameters.values()
+        if not dataclasses.is_dataclass(parameter.annotation):  # options of TRL or argparse
             continue
-        config = getattr(import_module(f"lerobot_vla0.{command.module}"), command.config)
-        known = {field.name for field in dataclasses.fields(config)}
+        known = {field.name for field in dataclasses.fields(parameter.annotation)}
         assert set(re.findall(r" --(\w+)", line)) <= known, line
 
 

@@ -15,8 +15,8 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from ..configuration_vla0 import VLA0Config
 from ..modeling_vla0 import VLA0Policy
+from ..options import load_policy_config, override_arguments
 from . import common
 from .modes import MODES, OURS, Run, run_mode, tie_gap
 from .workloads import WORKLOADS, load_pairs, make_chunks
@@ -140,8 +140,8 @@ def _load_policy(config: BenchDecodeConfig) -> VLA0Policy:
         return common.random_policy(
             common.SHAPES[config.model], config.seed, **settings | {"dtype": config.dtype or "bfloat16"}
         )
-    overrides = [f"--{name}={value}" for name, value in settings.items() if value is not None]
-    saved = VLA0Config.from_pretrained(config.model, cli_overrides=overrides)
+    settings = {name: value for name, value in settings.items() if value is not None}
+    saved = load_policy_config(config.model, override_arguments(settings))
     return VLA0Policy.from_pretrained(config.model, config=saved).eval()
 
 

@@ -22,6 +22,7 @@ from ..configuration_vla0 import VLA0Config
 from ..libero.report import read_episodes, table_row
 from ..options import PolicyOptions
 from ..task_stats import STATISTICS
+from .policy_option import vla0_policy
 
 # (licence's id on the Hub, its name), as the models' own cards say.
 LICENCES = {
@@ -67,13 +68,16 @@ MADE = """\
 | | |
 |---|---|
 | base model | {{ vlm }}, trained in {{ config.dtype }} |
-{% if trained_from %}| trained on from | {{ trained_from }} |
+{% if imported %}| imported from | {{ imported }} |
+{% endif %}{% if trained_from %}| trained on from | {{ trained_from }} |
 {% endif %}{% if data_set %}| data set | {{ data_set }} |
 {% endif %}{% if peft %}| adapter | {{ peft.method_type }}, rank {{ peft.r }} |
 {% endif %}| pictures | {{ config.camera_keys | join(", ") }}: \
 crop {{ config.crop_ratio }} (random in training), {{ config.image_size }}×{{ config.image_size }} pixels, \
 {{ "side by side in one picture" if config.tile_images else "one picture each" }}; \
 colour jitter {{ config.jitter }} |
+| prompt | {{ 'with' if config.add_vision_id else 'without' }} "Picture 1: " before the picture \
+(`add_vision_id={{ config.add_vision_id | lower }}`) |
 | masked action augmentation | up to {{ config.action_mask_prob }} of the characters; \
 {{ config.action_mask_skip_prob }} of the examples without |
 | action normalisation | {{ normalisation }} of \
@@ -113,11 +117,7 @@ def write_card(config: CardConfig) -> Path:
         ValueError: no policy, one of another type, or a results folder without a finished episode.
         FileNotFoundError: the results folder does not exist.
     """
-    if config.policy is None:
-        raise ValueError("the card of which checkpoint? --policy.path=<checkpoint folder>")
-    if not isinstance(config.policy, VLA0Config):
-        raise ValueError(f"{config.policy.pretrained_path} holds a {config.policy.type!r} policy, not vla0.")
-    folder = Path(config.policy.pretrained_path)
+    folder = Path(vla0_policy(config, "the card of which checkpoint?").pretrained_path)
     results = None if config.results is None else evaluation(config.results)
     file = Path(config.out or folder) / "README.md"
     if file.is_file():
@@ -166,6 +166,7 @@ def make_card(
     *,
     dataset_meta: Any = None,
     results: str | None = None,
+    imported: str | None = None,
 ) -> ModelCard:
     """LeRobot's template with our parts. LeRobot's own function takes objects that a checkpoint folder does
     not hold, and asks the Hub to check the card.
@@ -176,6 +177,7 @@ def make_card(
         action_range: the statistics that actions are normalised by, name → D numbers.
         dataset_meta: LeRobotDatasetMetadata of what was trained on; None if unknown.
         results: the section that `evaluation` returns.
+        imported: where the checkpoint comes from, if it was made by other code.
     """
     data_set = (training.get("dataset") or {}).get("repo_id")
     found = (names for pattern, names in LICENCES.items() if re.fullmatch(pattern, str(config.vlm)))
@@ -219,6 +221,7 @@ def make_card(
         dim=config.action_feature.shape[0],
         path=config.repo_id or "<this folder>",
         vlm=_shown(config.vlm),
+        imported=imported,
         trained_from=_shown(config.pretrained_path) if _is_repo(config.pretrained_path) else None,
         data_set=_shown(data_set, "datasets/") if data_set and dataset_meta is None else None,
         peft=training.get("peft") if config.use_peft else None,

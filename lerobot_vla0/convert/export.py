@@ -11,9 +11,11 @@ from safetensors import safe_open
 from ..checkpoint import VLM_FOLDER, find_checkpoint, new_folder
 from ..configuration_vla0 import VLA0Config
 from ..options import PolicyOptions
+from .policy_option import vla0_policy
 
 ACTION_SPEC = "action_spec.json"
 SPEC_VERSION = 1
+PICTURE_FIELDS = ("crop_ratio", "crop_rounding", "image_size", "tile_images", "resize_antialias")
 SHARD_BYTES = 2 * 1024**3  # largest file of weights
 
 
@@ -32,20 +34,19 @@ def export(config: ExportConfig) -> Path:
 
     Raises:
         FileExistsError: `out` exists and is not empty.
-        ValueError: no policy, or an adapter.
+        ValueError: no policy, one of another type, or an adapter.
         FileNotFoundError: a file of the checkpoint is missing.
     """
-    if config.policy is None:
-        raise ValueError("which checkpoint? --policy.path=<checkpoint folder or Hub repo>")
-    out, path = Path(config.out), str(config.policy.pretrained_path)
+    policy = vla0_policy(config, "which checkpoint?")
+    out, path = Path(config.out), str(policy.pretrained_path)
     with new_folder(out) as part:
-        checkpoint = find_checkpoint(path, revision=config.policy.pretrained_revision)
+        checkpoint = find_checkpoint(path, revision=policy.pretrained_revision)
         if checkpoint.kind == "adapter":
             raise ValueError(
                 f"{path} is an adapter: fold it into its base first "
                 f"(lerobot-vla0 merge --policy.path={path})."
             )
-        write_export(checkpoint.folder, config.policy, part)
+        write_export(checkpoint.folder, policy, part)
     print(f"Wrote {out}")
     return out
 
@@ -121,12 +122,10 @@ def action_spec(folder: Path, config: VLA0Config, chat: Any) -> dict[str, Any]:
             "count": chat.num_pictures,
             "height": chat.picture_size[0],
             "width": chat.picture_size[1],
-            "preparation": "each camera: centre crop of crop_ratio of height and width, bilinear resize to "
-            "image_size × image_size; with tile_images side by side in the order of `cameras`",
-            **{
-                name: getattr(config, name)
-                for name in ("crop_ratio", "image_size", "tile_images", "resize_antialias")
-            },
+            "preparation": "each camera: centre crop of crop_ratio of height and width (crop_rounding: where "
+            "it begins if it lies between two pixels), bilinear resize of floats to image_size × image_size, "
+            "truncated to bytes; with tile_images side by side in the order of `cameras`",
+            **{name: getattr(config, name) for name in PICTURE_FIELDS},
         },
         "state": "appended to the instruction as '\\nState: <integers>'" if config.use_state else None,
         "normalization": config.normalization_mapping["ACTION"].value,

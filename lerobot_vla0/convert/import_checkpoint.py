@@ -9,18 +9,15 @@ from typing import Any
 
 import torch
 import yaml
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from lerobot.configs import PreTrainedConfig
 from safetensors.torch import save_file
 
 from ..checkpoint import VLM_FOLDER, WEIGHTS, check_checkpoint, new_folder
+from .card import make_card
 from .export import ACTION_SPEC, SPEC_VERSION
-from .import_peer import LIBERO_CAMERAS, PeerOptions, import_peer
-from .weights import copy_weights
-
-# What is downloaded of a Hub repo.
-FILES = ["*.json", "*.safetensors", "*.yaml", "dataset_stats.pkl", "*.jinja", "*merges.txt"]
+from .import_nvlabs import LIBERO_CAMERAS, PeerOptions
+from .import_peer import import_peer
+from .weights import copy_weights, find_folder
 
 
 def main(argv: list[str]) -> None:
@@ -36,11 +33,26 @@ def main(argv: list[str]) -> None:
         "--from",
         dest="source",
         required=True,
-        help="folder or Hub repo: the run, or the model's folder in it",
+        help="folder or Hub repo: the run, or the model's folder in it; NVlabs' run/model_last.pth means "
+        "run/model_last",
     )
     parser.add_argument("--out", required=True, type=Path, help="folder to write")
     parser.add_argument("--stats", type=Path, help="dataset_stats.pkl or .json, where it lies elsewhere")
     parser.add_argument("--revision", help="commit, branch or tag of the Hub repo")
+    parser.add_argument(
+        "--base",
+        help="of a LoRA adapter: folder or Hub repo of the model that it was trained on (default: what its "
+        "adapter_config.json names)",
+    )
+    parser.add_argument(
+        "--data_config", type=Path, help="of NVlabs/vla0: the data's YAML that config.yaml names (cfg_path)"
+    )
+    parser.add_argument(
+        "--add_vision_id",
+        type=yaml.safe_load,
+        help='true or false: whether "Picture 1: " stands before the picture (default: as the model was '
+        "trained, which config.yaml and the version of Transformers tell)",
+    )
     parser.add_argument(
         "--cameras",
         type=yaml.safe_load,
@@ -49,6 +61,7 @@ def main(argv: list[str]) -> None:
     )
     unsaid = "; vla0-trl and TinyVLA do not record it (default: their code's, {})"
     parser.add_argument("--chunk_size", type=int, help="timesteps per prediction" + unsaid.format(8))
+    parser.add_argument("--num_bins", type=int, help="largest integer" + unsaid.format(1000))
     parser.add_argument("--image_size", type=int, help="pixels per camera" + unsaid.format(224))
     parser.add_argument("--crop_ratio", type=float, help="share of a picture kept" + unsaid.format(0.875))
     import_checkpoint(**vars(parser.parse_args(argv)))
@@ -69,9 +82,11 @@ def import_checkpoint(source: str, out: Path, *, revision: str | None = None, **
         ValueError: a layout that is none of the four, a setting that this package does not have, or weights
             that do not fit the model's config.
     """
-    peer, cameras = PeerOptions(**options), options.get("cameras")
+    peer, cameras, vision_id = PeerOptions(**options), options.get("cameras"), options.get("add_vision_id")
     if cameras is not None and not (isinstance(cameras, list) and all(isinstance(c, str) for c in cameras)):
         raise ValueError(f"--cameras={cameras!r} is not allowed: it must be a list, '[first, second]'.")
+    if not (vision_id is None or isinstance(vision_id, bool)):
+        raise ValueError(f"--add_vision_id={vision_id!r} is not allowed: it must be true or false.")
     with new_folder(out) as part:
         folder = _find(source, revision)
         if (folder / ACTION_SPEC).is_file():
@@ -82,25 +97,30 @@ def import_checkpoint(source: str, out: Path, *, revision: str | None = None, **
                         "trained. Leave it out."
                     )
             _import_exported(folder, part)
-            message = "Imported an exported checkpoint."
+            message, imported = "Imported an exported checkpoint.", None
         else:
-            message = import_peer(folder, peer, part)
+            imported = import_peer(folder, peer, part)
+            message = imported.message
         saved = PreTrainedConfig.from_pretrained(part)
         check_checkpoint(part, saved, saved)
+        if imported is not None:
+            card = make_card(saved, {}, imported.stats, imported=imported.origin)
+            (part / "README.md").write_text(str(card))
     print(f"{message}\nWrote {out}")
     return Path(out)
 
 
 def _find(source: str, revision: str | None) -> Path:
-    if Path(source).is_dir():
-        return Path(source).resolve()
-    try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=FILES))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+    """As `find_folder`. NVlabs/vla0 names a model by the small file beside its folder: run/model_last.pth."""
+    if not source.endswith(".pth"):
+        return find_folder(source, revision, "--from")
+    folder = Path(source).with_suffix("")
+    if not folder.is_dir():
         raise FileNotFoundError(
-            f"--from={source!r} is neither a folder nor a Hub repo that can be read "
-            f"({str(error).splitlines()[0]})."
-        ) from error
+            f"--from={source!r}: the model's folder {folder} is not there. The .pth file holds no weights: "
+            "copy the folder beside it, too."
+        )
+    return folder.resolve()
 
 
 def _import_exported(folder: Path, out: Path) -> None:

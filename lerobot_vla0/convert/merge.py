@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ..checkpoint import ADAPTER_CONFIG, new_folder
 from ..options import PolicyOptions
+from .policy_option import vla0_policy
 
 
 @dataclass(kw_only=True)
@@ -22,7 +23,7 @@ def merge(config: MergeConfig) -> Path:
 
     Raises:
         FileExistsError: `out` exists and is not empty.
-        ValueError: no policy, one that is no adapter, or one that does not fit its base.
+        ValueError: no policy, one of another type or that is no adapter, or one that does not fit its base.
         FileNotFoundError: the adapter's base is not there.
         ImportError: peft is not installed.
     """
@@ -31,20 +32,17 @@ def merge(config: MergeConfig) -> Path:
 
     from ..modeling_vla0 import VLA0Policy
 
-    if config.policy is None:
-        raise ValueError("which adapter? --policy.path=<checkpoint folder or Hub repo>")
-    out, path = Path(config.out), str(config.policy.pretrained_path)
+    settings = vla0_policy(config, "which adapter?")
+    out, path = Path(config.out), str(settings.pretrained_path)
     with new_folder(out) as folder:
-        if not config.policy.use_peft:
+        if not settings.use_peft:
             raise ValueError(f"{path} is no adapter (it has no {ADAPTER_CONFIG}): there is nothing to merge.")
-        policy = VLA0Policy.from_pretrained(
-            path, config=config.policy, revision=config.policy.pretrained_revision
-        )
+        policy = VLA0Policy.from_pretrained(path, config=settings, revision=settings.pretrained_revision)
         policy.save_pretrained(folder)
         for processor in make_pre_post_processors(
             policy.config,
             pretrained_path=path,
-            pretrained_revision=config.policy.pretrained_revision,
+            pretrained_revision=settings.pretrained_revision,
             preprocessor_overrides={"device_processor": {"device": policy.config.device}},
         ):
             processor.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""Weights of a Transformers folder → weights of a checkpoint.
+"""Weights of a Transformers folder, and of a LoRA adapter on it → weights of a checkpoint.
 
 Transformers loads them, because it knows shards, tied weights and the names that its earlier versions wrote.
 It only warns about tensors that are missing or do not fit; here they are errors.
@@ -8,6 +8,8 @@ import json
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_model
 from torch import nn
@@ -16,26 +18,58 @@ from torch import nn
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
-def copy_weights(folder: Path, file: Path) -> nn.Module:
+# What is downloaded of a Hub repo.
+FILES = ["*.json", "*.safetensors", "*.yaml", "dataset_stats.pkl", "*.jinja", "*merges.txt"]
+
+
+def find_folder(source: str, revision: str | None, option: str) -> Path:
+    """The folder on this machine of a folder or Hub repo.
+
+    Args:
+        option: that named it, for the message.
+
+    Raises:
+        FileNotFoundError: neither a folder nor a repo that can be read.
+    """
+    if Path(source).is_dir():
+        return Path(source).resolve()
+    try:
+        return Path(snapshot_download(source, revision=revision, allow_patterns=FILES))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+        raise FileNotFoundError(
+            f"{option}={source!r} is neither a folder nor a Hub repo that can be read "
+            f"({str(error).splitlines()[0]})."
+        ) from error
+
+
+def copy_weights(folder: Path, file: Path, adapter: Path | None = None) -> nn.Module:
     """Writes the weights of the model in `folder` to `file` under the names that they have in the policy, in
     the type in which they are stored (float32 if there are several). One copy of the model is in memory.
+
+    Args:
+        adapter: folder of a LoRA adapter that is merged into them.
 
     Returns:
         The model, on the CPU.
 
     Raises:
         FileNotFoundError: no safetensors, or a shard is missing.
-        ValueError: a file is truncated, or tensors are missing, unknown or of another shape or type than the
-            model's config says.
+        ValueError: a file is truncated, tensors are missing, unknown or of another shape or type than the
+            model's config says, or the adapter does not fit the model.
+        ImportError: an adapter, and peft is not installed.
     """
     # Imported here: transformers takes seconds, and `--help` must not.
     from transformers import AutoModelForImageTextToText
+
+    from ..adapters import check_adapter, import_peft
+    from ..backbone import read_config
 
     stored = _stored_types(folder)
     _refuse([f"{n} is of type {t}, not {', '.join(DTYPES)}" for n, t in stored.items() if t not in DTYPES])
     types = set(stored.values())
     model, found = AutoModelForImageTextToText.from_pretrained(
         folder,
+        config=read_config(folder),
         dtype=DTYPES[types.pop()] if len(types) == 1 else torch.float32,
         use_safetensors=True,
         trust_remote_code=False,
@@ -53,6 +87,9 @@ def copy_weights(folder: Path, file: Path) -> nn.Module:
     if model.config.tie_word_embeddings and head is not embeddings:
         wrong.append("lm_head.weight differs from the embeddings that it is tied to")
     _refuse(wrong)
+    if adapter is not None:
+        check_adapter(model, adapter, folder)
+        model = import_peft().PeftModel.from_pretrained(model, adapter).merge_and_unload()
     save_model(nn.ModuleDict({"model": model}), str(file))  # LeRobot's policy holds the VLM as `model`
     return model
 

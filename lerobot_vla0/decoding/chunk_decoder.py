@@ -7,7 +7,9 @@ each environment between two calls.
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -48,6 +50,30 @@ class EpisodeState:
     def add_chunk(self, chunk: Tensor, executed: int) -> None:
         """Averages a new chunk (steps, D) with earlier ones and queues its first `executed` timesteps."""
         self.actions.extend(self.ensembler.add(chunk, executed)[:executed])
+
+
+def episode_rows(rows: Any, count: int) -> list[int]:
+    """Rows of a batch of environments, as indices.
+
+    Args:
+        rows: indices (a sequence, an array or a tensor), or a boolean mask (count,).
+        count: of the environments; 0 if it is not known yet.
+
+    Raises:
+        ValueError: other values, an index out of 0..count - 1, or a mask of another length.
+    """
+    given = np.asarray(rows.cpu() if isinstance(rows, Tensor) else rows)
+    is_mask = given.dtype == bool
+    if given.ndim != 1 or (given.size and not is_mask and given.dtype.kind not in "iu"):
+        raise ValueError(f"rows={rows!r} must be a list or array of indices, or a boolean mask.")
+    if is_mask and count and len(given) != count:
+        raise ValueError(f"rows={rows!r} is a mask of {len(given)} rows, and there are {count} environments.")
+    indices = np.flatnonzero(given).tolist() if is_mask else given.tolist()
+    wrong = [row for row in indices if row < 0 or (count and row >= count)]
+    if wrong:
+        last = f"0..{count - 1}" if count else "0 and above"
+        raise ValueError(f"rows={rows!r}: {wrong} are not there; the environments are {last}.")
+    return indices
 
 
 class ChunkDecoder:

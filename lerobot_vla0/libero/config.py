@@ -9,6 +9,7 @@ import gymnasium as gym
 from lerobot.envs.configs import EnvConfig, LiberoEnv
 from lerobot.envs.utils import _LazyAsyncVectorEnv, freeze_after_episode_end
 
+from ..configuration_vla0 import reasons_shown
 from .assets import prepare_libero
 from .suites import MAX_STEPS, check_task_ids, split_suites
 
@@ -37,8 +38,9 @@ class VLA0LiberoEnv(LiberoEnv):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for suite in split_suites(self.task) or [self.task]:
-            check_task_ids(suite, self.task_ids)
+        with reasons_shown():
+            for suite in split_suites(self.task) or [self.task]:
+                check_task_ids(suite, self.task_ids)
 
     def create_envs(
         self, n_envs: int, use_async_envs: bool = False

@@ -4,6 +4,7 @@ Built on LeRobot's `LiberoEnv`, with what Gymnasium users expect: upright images
 vector, seeds that decide the initial state, truncation at the suite's step limit.
 """
 
+import os
 from typing import Any, ClassVar
 
 import gymnasium as gym
@@ -36,14 +37,17 @@ class LiberoEnv(gym.Env):
         init_state: which of LIBERO's 50 stored initial states to start from; None draws one at each reset
             from its seed. `reset(options={"init_state": 3})` overrides it.
         image_size: side of the square images in pixels.
-        max_episode_steps: None takes the suite's limit (220, 280, 300, 520, 400).
+        max_episode_steps: None takes the suite's limit (220, 280, 300, 520, 400). `gymnasium.make` has an
+            argument of this name, too, which replaces it.
         assets: "auto", "real", "primitive" or a folder; see `prepare_libero`.
         render_mode: "rgb_array" or None.
 
     Raises:
-        ValueError: unknown suite, task or init state.
+        ValueError: unknown suite, task, init state, or max_episode_steps below 1.
+        RuntimeError (from `reset`): this process was forked from one that renders.
     """
 
+    _rendering_process: ClassVar[int | None] = None  # id of the last process that made a GL context
     metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": FPS}
 
     def __init__(
@@ -58,6 +62,8 @@ class LiberoEnv(gym.Env):
         render_mode: str | None = "rgb_array",
     ) -> None:
         check_task_ids(suite, [task_id])
+        if max_episode_steps is not None and max_episode_steps < 1:
+            raise ValueError(f"max_episode_steps={max_episode_steps} must be at least 1, or None.")
         prepare_libero(suite, assets)
         from lerobot.envs.libero import LiberoEnv as LeRobotLiberoEnv
         from lerobot.envs.libero import _get_suite
@@ -91,10 +97,22 @@ class LiberoEnv(gym.Env):
             raise ValueError(f"init_state={init_state} must be in 0..{self.num_init_states - 1}.")
         return int(init_state)
 
+    def _check_process(self) -> None:
+        # A GL context that was made before a fork is broken in the new process, which would wait for ever.
+        if LiberoEnv._rendering_process not in (None, os.getpid()):
+            raise RuntimeError(
+                f"LiberoEnv cannot render in process {os.getpid()}: it was forked from process "
+                f"{LiberoEnv._rendering_process} after that one had rendered. Start environments in fresh "
+                'processes: gymnasium.make_vec(..., vectorization_mode="async", vector_kwargs={"context": '
+                '"spawn"}).'
+            )
+        LiberoEnv._rendering_process = os.getpid()
+
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Starts an episode. The seed decides the initial state, unless one is fixed by `init_state`."""
+        self._check_process()
         super().reset(seed=seed)
         chosen = (options or {}).get("init_state", self._fixed_init_state)
         if chosen is None:
@@ -137,6 +155,17 @@ class LiberoEnv(gym.Env):
 
     def close(self) -> None:
         self._env.close()
+
+
+class MakeLimit(gym.Wrapper, gym.utils.RecordConstructorArgs):
+    """Lets the `max_episode_steps` of `gymnasium.make` replace the environment's own limit, which `make` does
+    not pass on: it only wraps the environment in a `TimeLimit`."""
+
+    def __init__(self, env: gym.Env) -> None:
+        gym.utils.RecordConstructorArgs.__init__(self)
+        gym.Wrapper.__init__(self, env)
+        if env.spec is not None and env.spec.max_episode_steps is not None:
+            env.unwrapped._max_episode_steps = env.spec.max_episode_steps
 
 
 def agent_position(robot_state: dict[str, Any]) -> np.ndarray:

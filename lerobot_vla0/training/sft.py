@@ -22,7 +22,11 @@ from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
 from lerobot.datasets.factory import make_dataset
 from lerobot.policies.factory import make_policy, make_pre_post_processors
 from transformers import set_seed
-from trl import SFTConfig
+
+try:
+    from trl import SFTConfig
+except ImportError as error:
+    raise ImportError("TRL is not installed: pip install 'lerobot_policy_vla0[sft]'") from error
 
 from ..adapters import import_peft
 from ..libero.assets import prepare_libero
