@@ -230,7 +230,9 @@ def _push(final: Path, trainer: VLA0Trainer) -> None:
     process (FSDP), and is deprecated in LeRobot 0.6.2.
     """
     config, pipeline = trainer.policy.config, trainer.pipeline
-    card = trainer.policy.generate_model_card(cfg=pipeline, dataset_meta=trainer.dataset.meta)
+    card = trainer.policy.generate_model_card(
+        pipeline.dataset.repo_id, cfg=pipeline, dataset_meta=trainer.dataset.meta
+    )
     card.save(final / "README.md")
     api = HfApi()
     repo = api.create_repo(config.repo_id, private=config.private, exist_ok=True).repo_id
