@@ -159,7 +159,7 @@ def test_weights_gathered_from_several_processes(lora, arguments, tmp_path):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_other_families_and_ranges_by_task(family, arguments, tmp_path):
-    settings = {"vlm": make_tiny(family, tmp_path / "vlm"), **PICTURES[family]}
+    settings = {"vlm": make_tiny(family, tmp_path / "vlm"), **PICTURES[family], "crop_ratio": 1.0}
     options = [f"--policy.{name}={value}" for name, value in settings.items()]
     output = sft(parse([*arguments, *options, "--policy.action_norm=task", "--max_steps=2"]))
     policy = VLA0Policy.from_pretrained(output)
