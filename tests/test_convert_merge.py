@@ -65,7 +65,7 @@ def test_nothing_to_merge(policy, processors, tiny_vlm, tmp_path):
     for arguments, message in [
         ([], "which adapter"),
         ([f"--policy.path={tmp_path}/full"], "is no adapter .*nothing to merge"),
-        ([f"--policy.path={tmp_path}/act"], "merge: --policy.path=.*/act holds a 'act' policy, not vla0"),
+        ([f"--policy.path={tmp_path}/act"], "merge: .*/act holds a 'act' policy, not vla0"),
     ]:
         with pytest.raises(SystemExit, match=message):
             main(["merge", f"--out={tmp_path}/merged", *arguments])
