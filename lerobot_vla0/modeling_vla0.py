@@ -159,8 +159,10 @@ class VLA0Policy(PreTrainedPolicy):
         if begun is None:
             # One per environment. LeRobot 0.6.2 clears the attribute of this name to drop queued actions.
             self._action_queue: list[EpisodeState] = []
-        for row in (begun or []) if self._action_queue else []:
-            self._action_queue[row] = self.decoder.new_episodes(len(self._action_queue))[0]
+        elif self._action_queue:
+            fresh = self.decoder.new_episodes(len(self._action_queue))
+            for row in begun:
+                self._action_queue[row] = fresh[row]
 
     def stream_action_chunk(self, batch: dict[str, Any], steps: int | None = None) -> Iterator[Tensor]:
         """Yields timestep after timestep, bins (B, D) as float32, as soon as every row has written it.

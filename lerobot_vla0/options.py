@@ -14,6 +14,8 @@ import yaml
 from draccus.utils import DecodingError, ParsingError
 from lerobot.configs import PreTrainedConfig, parser
 
+from .configuration_vla0 import VLA0Config
+
 
 @dataclass(kw_only=True)
 class PolicyOptions:
@@ -33,6 +35,24 @@ class PolicyOptions:
         if path:
             self.policy = load_policy_config(path, parser.get_cli_overrides("policy") or [])
 
+    def require_policy(self, question: str) -> VLA0Config:
+        """The policy's config.
+
+        Args:
+            question: what to ask if no policy was named.
+
+        Raises:
+            ValueError: none was named, or one of another type.
+        """
+        if self.policy is None:
+            raise ValueError(f"{question} --policy.path=<checkpoint folder or Hub repo>")
+        if not isinstance(self.policy, VLA0Config):
+            raise ValueError(
+                f"--policy.path={self.policy.pretrained_path} holds a {self.policy.type!r} policy, not vla0: "
+                "this command works on checkpoints of this package only."
+            )
+        return self.policy
+
     @classmethod
     def __get_path_fields__(cls) -> list[str]:
         return ["policy"]  # LeRobot's parser takes `--policy.path=` for these
@@ -40,7 +60,7 @@ class PolicyOptions:
 
 def load_policy_config(
     path: str | Path, overrides: Sequence[str] = (), revision: str | None = None
-) -> PreTrainedConfig:
+) -> VLA0Config:
     """The config of a checkpoint folder or Hub repo, its `pretrained_path` set.
 
     Args:
@@ -54,9 +74,8 @@ def load_policy_config(
     from .checkpoint import find_config  # imports transformers, which `--help` must not
 
     file = find_config(path, revision=revision)
-    saved = (
-        json.loads(file.read_text()) if file.is_file() else {"type": "vla0"}
-    )  # LeRobot says what is missing
+    # Where the file is missing, LeRobot says so below.
+    saved = json.loads(file.read_text()) if file.is_file() else {"type": "vla0"}
     if saved.get("type") != "vla0":
         kind = f"a {saved['type']!r} policy, not vla0" if "type" in saved else "no policy"
         raise ValueError(f"{path} holds {kind}. Give --policy.path a checkpoint of VLA-0.")

@@ -4,10 +4,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from lerobot.policies.factory import make_pre_post_processors
 from torch.utils.data import default_collate
 
 from ..modeling_vla0 import VLA0Policy
+from ..processor_vla0 import load_processors, make_vla0_pre_post_processors
 from .common import SHAPES
 from .modes import Chunk, answer_tokens, run_mode
 
@@ -84,12 +84,10 @@ def load_pairs(config: Any, policy: VLA0Policy, random: np.random.Generator) -> 
             f"dataset={str(config.dataset)!r} has actions of shape {tuple(meta.shapes['action'])}, "
             f"not ({dim},)."
         )
-    preprocess, _ = make_pre_post_processors(
-        policy.config,
-        pretrained_path=None if config.model in SHAPES else config.model,
-        dataset_stats=meta.stats,
-        preprocessor_overrides={"device_processor": {"device": str(policy.config.device)}},
-    )
+    if config.model in SHAPES:
+        preprocess, _ = make_vla0_pre_post_processors(policy.config, meta.stats)
+    else:
+        preprocess, _ = load_processors(policy.config, config.model)
     times = {"action": [i / meta.fps for i in range(horizon)]}
     dataset = LeRobotDataset("local/bench", root=config.dataset, delta_timestamps=times)
     # Both frames' chunks end before their episode does.

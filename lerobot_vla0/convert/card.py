@@ -22,7 +22,6 @@ from ..configuration_vla0 import VLA0Config
 from ..libero.report import read_episodes, table_row
 from ..options import PolicyOptions
 from ..task_stats import STATISTICS
-from .policy_option import vla0_policy
 
 # (licence's id on the Hub, its name), as the models' own cards say.
 LICENCES = {
@@ -117,7 +116,7 @@ def write_card(config: CardConfig) -> Path:
         ValueError: no policy, one of another type, or a results folder without a finished episode.
         FileNotFoundError: the results folder does not exist.
     """
-    folder = Path(vla0_policy(config, "the card of which checkpoint?").pretrained_path)
+    folder = Path(config.require_policy("the card of which checkpoint?").pretrained_path)
     results = None if config.results is None else evaluation(config.results)
     file = Path(config.out or folder) / "README.md"
     if file.is_file():

@@ -11,7 +11,6 @@ from safetensors import safe_open
 from ..checkpoint import VLM_FOLDER, find_checkpoint, new_folder
 from ..configuration_vla0 import VLA0Config
 from ..options import PolicyOptions
-from .policy_option import vla0_policy
 
 ACTION_SPEC = "action_spec.json"
 SPEC_VERSION = 1
@@ -37,7 +36,7 @@ def export(config: ExportConfig) -> Path:
         ValueError: no policy, one of another type, or an adapter.
         FileNotFoundError: a file of the checkpoint is missing.
     """
-    policy = vla0_policy(config, "which checkpoint?")
+    policy = config.require_policy("which checkpoint?")
     out, path = Path(config.out), str(policy.pretrained_path)
     with new_folder(out) as part:
         checkpoint = find_checkpoint(path, revision=policy.pretrained_revision)

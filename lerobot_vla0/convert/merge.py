@@ -5,7 +5,6 @@ from pathlib import Path
 
 from ..checkpoint import ADAPTER_CONFIG, new_folder
 from ..options import PolicyOptions
-from .policy_option import vla0_policy
 
 
 @dataclass(kw_only=True)
@@ -28,23 +27,17 @@ def merge(config: MergeConfig) -> Path:
         ImportError: peft is not installed.
     """
     # Imported here: transformers takes seconds, and `--help` must not.
-    from lerobot.policies.factory import make_pre_post_processors
-
     from ..modeling_vla0 import VLA0Policy
+    from ..processor_vla0 import load_processors
 
-    settings = vla0_policy(config, "which adapter?")
+    settings = config.require_policy("which adapter?")
     out, path = Path(config.out), str(settings.pretrained_path)
     with new_folder(out) as folder:
         if not settings.use_peft:
             raise ValueError(f"{path} is no adapter (it has no {ADAPTER_CONFIG}): there is nothing to merge.")
         policy = VLA0Policy.from_pretrained(path, config=settings, revision=settings.pretrained_revision)
         policy.save_pretrained(folder)
-        for processor in make_pre_post_processors(
-            policy.config,
-            pretrained_path=path,
-            pretrained_revision=settings.pretrained_revision,
-            preprocessor_overrides={"device_processor": {"device": policy.config.device}},
-        ):
+        for processor in load_processors(policy.config, path, settings.pretrained_revision):
             processor.save_pretrained(folder)
     print(f"Wrote {out}")
     return out

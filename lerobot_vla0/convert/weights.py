@@ -16,8 +16,6 @@ from torch import nn
 
 # safetensors' names of the types that weights come in.
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-
-
 # What is downloaded of a Hub repo.
 FILES = ["*.json", "*.safetensors", "*.yaml", "dataset_stats.pkl", "*.jinja", "*merges.txt"]
 

@@ -71,8 +71,7 @@ def rollout_strip(config: StripConfig) -> Path:
     Raises:
         ValueError: no policy, fewer than two frames, or an unknown suite, task or initial state.
     """
-    if config.policy is None:
-        raise ValueError("which policy? --policy.path=<checkpoint folder or Hub repo>")
+    config.require_policy("which policy?")
     if config.frames < 2:
         raise ValueError(f"frames={config.frames} must be at least 2.")
     start = {"init_state": config.init_state, "image_size": config.image_size}

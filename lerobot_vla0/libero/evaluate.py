@@ -114,8 +114,7 @@ def evaluate(config: EvalConfig) -> Path:
         ValueError: no policy, one whose actions or cameras LIBERO does not have, or a results folder with
             other settings.
     """
-    if config.policy is None:
-        raise ValueError("which policy? --policy.path=<checkpoint folder or Hub repo>")
+    config.require_policy("which policy?")
     batches, settings = config.batches(), _settings(config)
     _check_settings(Path(config.out), settings)
     done = read_episodes(config.out)

@@ -272,10 +272,7 @@ def _policy(mapping: dict[str, str], dtype: str) -> VLA0Config:
         )
     if path is None:
         return parse_options(VLA0Config, PROG, _arguments({"dtype": dtype} | mapping))
-    config = load_policy_config(path, _arguments(mapping))
-    if not isinstance(config, VLA0Config):
-        raise ValueError(f"policy.path={path!r} is a {config.type!r} policy, not vla0.")
-    return config
+    return load_policy_config(path, _arguments(mapping))
 
 
 def _copy_to_policy(training: SFTConfig, config: VLA0Config) -> None:
