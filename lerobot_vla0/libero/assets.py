@@ -171,7 +171,7 @@ def check_rendering() -> None:
     else OSMesa, whichever is installed.
 
     Raises:
-        RuntimeError: neither is installed, or the one that MUJOCO_GL names is not.
+        RuntimeError: neither is installed, or the one that MUJOCO_GL names is not, or is not known.
     """
     if platform.system() != "Linux" or "robosuite" in sys.modules:  # robosuite reads MUJOCO_GL when imported
         return
@@ -185,6 +185,8 @@ def check_rendering() -> None:
                 "names)."
             )
         os.environ["MUJOCO_GL"] = backend
+    if backend not in (*RENDERERS, "glfw", "glx"):
+        raise RuntimeError(f"MUJOCO_GL={backend} is not known: set it to {' or '.join(RENDERERS)}.")
     library, packages = RENDERERS.get(backend, (None, ""))
     if library and not find_library(library):
         raise RuntimeError(f"MUJOCO_GL={backend}, but its library is missing: install {packages}.")
