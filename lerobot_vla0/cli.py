@@ -17,6 +17,7 @@ COMMANDS = {
     "record": ("demo.record:record", "record episodes of a scripted expert"),
     "bench decode": ("bench.decode:bench_decode", "measure decoding against Transformers' generate"),
     "bench train": ("bench.train:bench_train", "measure a training step against sample by sample"),
+    "bench eval": ("bench.eval:bench_eval", "measure episodes of LIBERO per minute"),
     "merge": ("convert.merge:merge", "fold a LoRA adapter into a full checkpoint"),
     "import": (
         "convert.import_checkpoint:main",

@@ -1,4 +1,4 @@
-"""What both benchmarks share: policies with random weights, checks of settings, tables and result files."""
+"""What the benchmarks share: policies with random weights, checks of settings, tables and result files."""
 
 import json
 import platform
@@ -121,7 +121,6 @@ def write_results(file: Path, config: Any, machine: str, rows: pd.DataFrame, **m
     """Writes measurements, with the versions and settings they were made with, as JSON; returns the same."""
     packages = ("lerobot_policy_vla0", "torch", "torchvision", "transformers")
     result = {
-        "model": str(config.model),
         "machine": machine,
         "versions": {name: version(name) for name in packages},
         "settings": json.loads(json.dumps(asdict(config), default=str)),
