@@ -211,3 +211,17 @@ def file_inside(folder: Path, name: Any, source: Path) -> Path:
             "this package or Transformers, or its files were moved: copy all of it again."
         )
     return folder / name
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors of a model, whether they are there or not: those of its index, or the only one.
+
+    Raises:
+        ValueError: the index is damaged, or names files elsewhere.
+    """
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return [folder / "model.safetensors"]
+    with reading(index):
+        names = set(read_json(index)["weight_map"].values())
+    return [file_inside(folder, name, index) for name in sorted(names, key=str)]

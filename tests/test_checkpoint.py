@@ -259,3 +259,27 @@ def test_a_file_that_is_none(tmp_path):
             main(["card", f"--policy.path={folder}"])
         with pytest.raises(SystemExit, match=f"{folder / name} is a pipe"):
             main(["import", f"--from={folder}", f"--out={tmp_path}/new"])
+
+
+DAMAGE = {
+    "empty": b"",
+    "cut": b'{"steps": [',
+    "no text": b"\xff\xfe\x00",
+    "a list": b"[]",
+    "another object": b'{"a": 1}',
+    "depth": b"[" * 100_000,
+    "wrong types": b'{"steps": 3, "type": [], "model_type": {}, "added_tokens": 3, "chat_template": 7}',
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("file", sorted(str(f.relative_to(V1)) for f in V1.rglob("*") if f.is_file()))
+def test_damaged_file(file, damage, tmp_path):
+    folder = shutil.copytree(V1, tmp_path / "checkpoint")
+    (folder / file).write_bytes(DAMAGE[damage])
+    try:
+        Agent.from_pretrained(folder)
+    except (ValueError, FileNotFoundError, DecodingError) as error:
+        assert str(folder) in str(error) or "chat template" in str(error) or "vlm:" in str(error)
+    else:  # a file that is not needed, or that may hold what it likes
+        assert file.startswith("vlm/") or file == "expected.json"

@@ -602,14 +602,14 @@ def test_user_errors_with_what_was_exported(change, options, message, learnt, tm
         *[
             ({name: {}}, {}, name)
             for name in (
-                "../x.json", "/x.json", "..", ".", "", "run.py", "vlm/../../x.json", "vlm/x/y.json", "o/x.json",
-                ".json", "vlm/.json", "x.json/", "a\0.json", "a\n.json", "..\\x.json", "ü.json",
+                "../x.json", "/x.json", "..", ".", "", "run.py", "vlm/../../x.json", "vlm/x/y.json",
+                "o/x.json", ".json", "vlm/.json", "x.json/", "a\0.json", "a\n.json", "..\\x.json", "ü.json",
                 "x" * 300 + ".json",
             )
         ],
         *[
             ({}, {name: {}}, name)
-            for name in ("../x", "..", ".", "", "/x", "policy_", "model.safetensors", "policy_a/b.safetensors")
+            for name in ("../x", "..", ".", "", "/x", "policy_", "model.safetensors", "policy_a/b")
         ],
         *[
             ({}, {"policy_x.safetensors": {"a": {"dtype": dtype, "values": [1]}}}, dtype)

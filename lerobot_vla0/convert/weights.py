@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_model
 from torch import nn
 
-from ..files import check_kinds, file_inside, read_json, reading
+from ..files import check_kinds, weight_files
 
 # safetensors' names of the types that weights come in.
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -102,14 +102,8 @@ def _refuse(wrong: list[str]) -> None:
 
 def _stored_types(folder: Path) -> dict[str, str]:
     """Name → safetensors' type of every tensor, from the headers of all shards."""
-    index = folder / "model.safetensors.index.json"
-    files = [folder / "model.safetensors"]
-    if index.is_file():
-        with reading(index):
-            names = sorted(set(read_json(index)["weight_map"].values()))
-        files = [file_inside(folder, name, index) for name in names]
     types: dict[str, str] = {}
-    for file in files:
+    for file in weight_files(folder):
         if not file.is_file():
             raise FileNotFoundError(
                 f"{file} is missing. Weights are read from safetensors, all shards of them; older files "
