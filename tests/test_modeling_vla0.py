@@ -295,15 +295,18 @@ def test_temperature_samples(tiny_vlm, processors):
 
 
 @pytest.mark.parametrize("act", ["select_action", "predict_action_chunk", "stream_action_chunk"])
-def test_acting_is_in_evaluation_mode_and_leaves_gradients_alone(act, policy, processors):
-    """Evaluation mode from the start of the call, as LeRobot's ACT; training goes on after `train()`."""
+def test_acting_is_as_in_evaluation_mode_and_leaves_mode_and_gradients_alone(act, policy, processors):
+    """From the start of the call; training just goes on."""
     batch = processors[0](make_batch(rows=1))
-    policy.train()
-    acted = getattr(policy, act)(observation(batch))
-    assert not policy.training
-    action = next(acted) if act == "stream_action_chunk" else acted
-    assert not action.requires_grad and not policy.training
-    policy.train()
+    for layer in policy.model.model.language_model.layers:
+        layer.mlp = torch.nn.Sequential(layer.mlp, torch.nn.Dropout(0.9))  # the same in evaluation mode only
+    actions = []
+    for mode in (False, True):
+        policy.train(mode).reset()
+        acted = getattr(policy, act)(observation(batch))
+        actions.append(torch.stack(list(acted)) if act == "stream_action_chunk" else acted)
+        assert not actions[-1].requires_grad and all(m.training == mode for m in policy.modules())
+    assert torch.equal(*actions)
     policy(batch)[0].backward()
 
 
