@@ -134,9 +134,15 @@ def check_checkpoint(
 
     Raises:
         FileNotFoundError: weights, VLM config or the file of the statistics are missing.
-        ValueError: the action dimension or `num_bins` differ from the checkpoint's, or its statistics lack
-            the range of the action, or of the state that it uses, or hold one that is not finite.
+        ValueError: the action dimension or `num_bins` differ from the checkpoint's, it names a server, or its
+            processors differ from its config or lack statistics, or these cannot be used.
     """
+    if saved.server is not None and config.server == saved.server:
+        raise ValueError(
+            f"{folder / 'config.json'} names server={saved.server!r}, which would see the pictures and the "
+            "key, and move the robot. A checkpoint cannot choose one: set it to null there, and give yours "
+            "with --policy.server."
+        )
     for name in (*([WEIGHTS] if weights else []), f"{VLM_FOLDER}/config.json"):
         if not (folder / name).is_file():
             raise FileNotFoundError(
