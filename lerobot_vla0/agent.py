@@ -123,13 +123,12 @@ class Agent:
                 `policy.decoder.new_episodes`.
         """
         batch, _ = self._batch(observation, tasks)
-        policy = self.policy
-        policy.reset()
-        policy._action_queue = episodes
-        actions = [policy.select_action(self.preprocess(batch))]  # decodes a chunk and queues the rest
+        with self.policy._lock:
+            self.policy._action_queue = episodes
+            actions = [self.policy.select_action(self.preprocess(batch))]  # decodes a chunk, queues the rest
+            self.policy.reset()
         while episodes[0].actions:
             actions.append(torch.stack([episode.actions.popleft() for episode in episodes]))
-        policy.reset()
         return self.postprocess(torch.stack(actions, dim=1)).numpy()
 
     def _batch(self, observation: dict[str, Any], task: str | Sequence[str]) -> tuple[dict[str, Any], bool]:
