@@ -20,6 +20,7 @@ from . import adapters, backbone
 from .checkpoint import HUB_OPTIONS, VLM_FOLDER, Checkpoint, check_checkpoint, readable
 from .configuration_vla0 import VLA0Config
 from .decoding.chunk_decoder import ChunkDecoder, EpisodeState, episode_rows
+from .decoding.rtc import read_left_over
 from .decoding.server import ServerDecoder
 from .examples import ExampleMaker, augmentation_generator
 from .loss import answer_loss
@@ -164,28 +165,41 @@ class VLA0Policy(PreTrainedPolicy):
             for row in begun:
                 self._action_queue[row] = fresh[row]
 
-    def stream_action_chunk(self, batch: dict[str, Any], steps: int | None = None) -> Iterator[Tensor]:
+    def stream_action_chunk(
+        self, batch: dict[str, Any], steps: int | None = None, **rtc: Any
+    ) -> Iterator[Tensor]:
         """Yields timestep after timestep, bins (B, D) as float32, as soon as every row has written it.
 
         Args:
-            batch: as for `predict_action_chunk`.
+            batch, rtc: as for `predict_action_chunk`.
             steps: timesteps to decode; None decodes all of the chunk.
         """
         self.eval()
         observation = self.examples.check(batch)
+        left_over = read_left_over(observation, self.config, **rtc) if rtc else None
         episodes = self._action_queue
         if len(episodes) != len(observation):
             episodes = self.decoder.new_episodes(len(observation))
             # Remembered for the drafts of the next chunk, unless `select_action` acts in other environments.
             self._action_queue = self._action_queue or episodes
         steps = self.config.chunk_size if steps is None else steps
-        return self.decoder.decode_chunk(observation, steps, episodes)
+        return self.decoder.decode_chunk(observation, steps, episodes, left_over)
+
+    def supports_rtc(self) -> bool:
+        """`lerobot-rollout --inference.type=rtc` works, see decoding/rtc.py."""
+        return True
 
     @torch.compiler.disable
-    def predict_action_chunk(self, batch: dict[str, Any], **kwargs: Any) -> Tensor:
+    def predict_action_chunk(self, batch: dict[str, Any], **rtc: Any) -> Tensor:
         """Actions as bins 0..num_bins, float32 (B, chunk_size, D); the postprocessor turns them into
-        commands. Of this observation alone: never averaged with earlier chunks."""
-        return torch.stack(list(self.stream_action_chunk(batch)), dim=1)
+        commands. Of this observation alone: never averaged with earlier chunks.
+
+        Args:
+            batch: from the preprocessor, see the class.
+            rtc: `inference_delay`, `prev_chunk_left_over`: the chunk begins with the first `inference_delay`
+                timesteps of what is left over; see `decoding.rtc.read_left_over`.
+        """
+        return torch.stack(list(self.stream_action_chunk(batch, **rtc)), dim=1)
 
     @torch.compiler.disable
     def select_action(self, batch: dict[str, Any], **kwargs: Any) -> Tensor:
