@@ -137,7 +137,7 @@ def test_regex_is_the_same_language(maximum):
     number = re.compile(integer_regex(maximum))
     assert [i for i in range(3000) if number.fullmatch(str(i))] == list(range(maximum + 1))
     assert not any(number.fullmatch(text) for text in ("00", "01", "", "-1", " 1"))
-    text = re.compile(IntegerGrammar(3, maximum, list(range(10)), 10, 11).regex)
+    text = re.compile(IntegerGrammar(3, maximum, list(range(10)), 10, 11).regex())
     assert text.fullmatch(f"0 {maximum} 1")
     for wrong in ("0 1", "0 1 1 1", f"0 1 {maximum + 1}", "0  1 1", "0 1 1 "):
         assert not text.fullmatch(wrong)

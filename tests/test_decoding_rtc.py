@@ -122,7 +122,7 @@ def test_ranges_of_tasks_are_undone(acting):
     left = torch.stack([to_data_set_bins(integers, seen.task_range, 1000)] * 3, dim=1)  # (2, 3, 7)
     found = rtc.read_left_over(seen, policy.config, inference_delay=2, prev_chunk_left_over=left)
     assert found.integers == [integers[0].long().tolist() * 3, integers[1].long().tolist() * 3]
-    assert found.committed == [14, 14] and found.prefixes[0] == integers[0].long().tolist() * 2
+    assert found.committed == [14, 14] and found.prefixes(56)[0] == integers[0].long().tolist() * 2
 
 
 def test_all_of_the_chunk_may_be_committed(acting):

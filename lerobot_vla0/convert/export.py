@@ -111,7 +111,7 @@ def action_spec(folder: Path, config: VLA0Config, chat: Any) -> dict[str, Any]:
     return {
         "spec_version": SPEC_VERSION,
         "messages": chat.messages("{instruction}"),
-        "regex": chat.grammar.regex,
+        "regex": chat.grammar.regex(),
         "max_tokens": chat.grammar.max_tokens,
         "chunk_size": config.chunk_size,
         "action_dim": config.action_feature.shape[0],

@@ -30,10 +30,10 @@ class LeftOver:
     integers: list[list[int]]
     committed: list[int]
 
-    @property
-    def prefixes(self) -> list[list[int]]:
-        """The committed integers of each row."""
-        return [row[:count] for row, count in zip(self.integers, self.committed, strict=True)]
+    def prefixes(self, longest: int) -> list[list[int]]:
+        """The committed integers of each row, at most `longest`."""
+        rows = zip(self.integers, self.committed, strict=True)
+        return [row[: min(count, longest)] for row, count in rows]
 
 
 def read_left_over(
