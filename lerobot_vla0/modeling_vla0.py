@@ -60,23 +60,16 @@ class VLA0Policy(PreTrainedPolicy):
         if dataset_meta is not None:
             prepare_data(config, dataset_meta)
         config.validate_features()
-        if config.server is None:
-            self.model, self.vlm_processor = backbone.make_vlm(config, vlm_folder)
-            # LeRobot 0.6.2 reads it from the class, but the name depends on the VLM.
-            type(self)._fsdp_wrap_modules = [backbone.block_name(self.model)]
-            self.examples = ExampleMaker(config, self.vlm_processor)
-            self.decoder = ChunkDecoder(config, self.model, self.examples)
-        elif vlm_folder is None:
-            raise ValueError(
-                f"server={config.server!r} is for acting with a trained checkpoint, which is the export "
-                "that the server has: give it with --policy.path, or leave server out."
-            )
-        else:
-            self.vlm_processor = backbone.load_processor(vlm_folder)
-            self.examples = ExampleMaker(config, self.vlm_processor)
+        self.model, self.vlm_processor = backbone.make_vlm(config, vlm_folder)
+        self.examples = ExampleMaker(config, self.vlm_processor)
+        if self.model is None:
             self.decoder = ServerDecoder(config, self.examples)
             # LeRobot counts a policy's parameters and asks them for the device.
             self.placeholder = nn.Parameter(torch.zeros(0, device=config.device), requires_grad=False)
+        else:
+            # LeRobot 0.6.2 reads it from the class, but the name depends on the VLM.
+            type(self)._fsdp_wrap_modules = [backbone.block_name(self.model)]
+            self.decoder = ChunkDecoder(config, self.model, self.examples)
         self._lock = Lock()  # of what acting remembers
         self.reset()
 
@@ -168,12 +161,8 @@ class VLA0Policy(PreTrainedPolicy):
     def stream_action_chunk(
         self, batch: dict[str, Any], steps: int | None = None, **rtc: Any
     ) -> Iterator[Tensor]:
-        """Yields timestep after timestep, bins (B, D) as float32, as soon as every row has written it.
-
-        Args:
-            batch, rtc: as for `predict_action_chunk`.
-            steps: timesteps to decode; None decodes all of the chunk.
-        """
+        """Yields timestep after timestep, bins (B, D) as float32, as soon as every row has written it: all of
+        the chunk, or the first `steps`. Other arguments are those of `predict_action_chunk`."""
         observation = self.examples.check(batch)
         left_over = read_left_over(observation, self.config, **rtc) if rtc else None
         episodes = self._action_queue
@@ -191,13 +180,8 @@ class VLA0Policy(PreTrainedPolicy):
     @torch.compiler.disable
     def predict_action_chunk(self, batch: dict[str, Any], **rtc: Any) -> Tensor:
         """Actions as bins 0..num_bins, float32 (B, chunk_size, D); the postprocessor turns them into
-        commands. Of this observation alone: never averaged with earlier chunks.
-
-        Args:
-            batch: from the preprocessor, see the class.
-            rtc: `inference_delay`, `prev_chunk_left_over`: the chunk begins with the first `inference_delay`
-                timesteps of what is left over; see `decoding.rtc.read_left_over`.
-        """
+        commands. Of this observation alone: never averaged with earlier chunks. Real-time chunking passes
+        `inference_delay` and `prev_chunk_left_over`, see `decoding.rtc.read_left_over`."""
         return torch.stack(list(self.stream_action_chunk(batch, **rtc)), dim=1)
 
     @torch.compiler.disable
