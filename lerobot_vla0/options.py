@@ -15,6 +15,7 @@ from draccus.utils import DecodingError, ParsingError
 from lerobot.configs import PreTrainedConfig, parser
 
 from .configuration_vla0 import VLA0Config
+from .files import read_json
 
 
 @dataclass(kw_only=True)
@@ -75,7 +76,7 @@ def load_policy_config(
 
     file = find_config(path, revision=revision)
     # Where the file is missing, LeRobot says so below.
-    saved = json.loads(file.read_text()) if file.is_file() else {"type": "vla0"}
+    saved = read_json(file) if file.is_file() else {"type": "vla0"}
     if saved.get("type") != "vla0":
         kind = f"a {saved['type']!r} policy, not vla0" if "type" in saved else "no policy"
         raise ValueError(f"{path} holds {kind}. Give --policy.path a checkpoint of VLA-0.")

@@ -10,7 +10,6 @@ from draccus.utils import DecodingError
 from lerobot.configs import PreTrainedConfig
 from lerobot.policies.factory import make_pre_post_processors
 
-from lerobot_vla0.checkpoint import new_folder
 from lerobot_vla0.cli import main
 from lerobot_vla0.configuration_vla0 import FORMAT_VERSION
 from lerobot_vla0.modeling_vla0 import VLA0Policy
@@ -65,17 +64,3 @@ def test_format_version_is_optional_and_a_number(edited):
 def test_format_version_that_is_none(version, edited):
     with pytest.raises(DecodingError, match=f"format_version.*{version!r} is not allowed"):
         PreTrainedConfig.from_pretrained(edited(format_version=version))
-
-
-def test_new_folder_is_whole_or_absent(tmp_path):
-    (tmp_path / "out").mkdir()  # empty
-    with new_folder(tmp_path / "out") as folder:
-        (folder / "file").write_text("content")
-        assert not any((tmp_path / "out").iterdir())
-    assert [p.name for p in tmp_path.iterdir()] == ["out"] and (tmp_path / "out/file").is_file()
-    with pytest.raises(FileExistsError, match="exists and is not empty"), new_folder(tmp_path / "out"):
-        pytest.fail("must not begin")
-    with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "deep/other") as folder:
-        (folder / "file").write_text("content")
-        raise KeyboardInterrupt
-    assert list((tmp_path / "deep").iterdir()) == []

@@ -502,7 +502,7 @@ def test_occupied_folder_and_unknown_source(trl, tmp_path, monkeypatch):
 
 def test_interrupted_import_leaves_nothing(trl, tmp_path, monkeypatch):
     def stop(*_, **__):
-        assert list(tmp_path.glob(".ours-partial-*/model.safetensors"))
+        assert list(tmp_path.glob(".ours-partial-*/ours/model.safetensors"))
         raise KeyboardInterrupt
 
     monkeypatch.setattr(module, "check_checkpoint", stop)
@@ -580,7 +580,11 @@ def test_import_undoes_export_of_shards_and_statistics_by_task(learnt, tmp_path,
     ("change", "options", "message"),
     [
         (lambda spec: spec.update(spec_version=2), (), "spec_version 2, this package reads up to 1"),
-        (lambda spec: spec.pop("checkpoint"), (), "was not written by `lerobot-vla0 export`"),
+        (
+            lambda spec: spec.pop("checkpoint"),
+            (),
+            "action_spec.json is damaged: the field 'checkpoint' is missing",
+        ),
         (
             lambda spec: spec["checkpoint"]["files"].update({"../x.json": {}}),
             (),

@@ -15,6 +15,7 @@ from lerobot.configs import FeatureType, PolicyFeature
 
 from ..configuration_vla0 import VLA0Config
 from ..demo.tiny_vlm import make_config, make_processor
+from ..files import new_file
 from ..modeling_vla0 import VLA0Policy
 
 SMALL_VISION = {
@@ -130,6 +131,6 @@ def write_results(file: Path, config: Any, machine: str, rows: pd.DataFrame, **m
             {name: value for name, value in row.items() if pd.notna(value)} for row in rows.to_dict("records")
         ],
     }
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(result, indent=2))
+    with new_file(file) as draft:
+        draft.write_text(json.dumps(result, indent=2))
     return result

@@ -12,7 +12,8 @@ import yaml
 from lerobot.configs import PreTrainedConfig
 from safetensors.torch import save_file
 
-from ..checkpoint import VLM_FOLDER, WEIGHTS, check_checkpoint, new_folder
+from ..checkpoint import VLM_FOLDER, WEIGHTS, check_checkpoint
+from ..files import new_folder, read_json, reading
 from .card import make_card
 from .export import ACTION_SPEC, SPEC_VERSION
 from .import_nvlabs import LIBERO_CAMERAS, PeerOptions
@@ -96,7 +97,10 @@ def import_checkpoint(source: str, out: Path, *, revision: str | None = None, **
                         f"--{name} does not apply here: {folder / ACTION_SPEC} records how the model was "
                         "trained. Leave it out."
                     )
-            _import_exported(folder, part)
+            with reading(folder / ACTION_SPEC):
+                _import_exported(folder, part)
+            shutil.copyfile(folder / "tokenizer.json", part / VLM_FOLDER / "tokenizer.json")
+            copy_weights(folder, part / WEIGHTS)
             message, imported = "Imported an exported checkpoint.", None
         else:
             imported = import_peer(folder, peer, part)
@@ -126,14 +130,8 @@ def _find(source: str, revision: str | None) -> Path:
 def _import_exported(folder: Path, out: Path) -> None:
     """Undoes `lerobot-vla0 export`. action_spec.json holds the files of the checkpoint that Transformers'
     folder does not."""
-    try:
-        spec = json.loads((folder / ACTION_SPEC).read_text())
-        version, files, state = spec["spec_version"], spec["checkpoint"]["files"], spec["checkpoint"]["state"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{folder / ACTION_SPEC} was not written by `lerobot-vla0 export` "
-            f"({type(error).__name__}: {error})."
-        ) from error
+    spec = read_json(folder / ACTION_SPEC)
+    version, files, state = spec["spec_version"], spec["checkpoint"]["files"], spec["checkpoint"]["state"]
     if version > SPEC_VERSION:
         raise ValueError(
             f"{folder / ACTION_SPEC} has spec_version {version}, this package reads up to {SPEC_VERSION}: "
@@ -153,5 +151,3 @@ def _import_exported(folder: Path, out: Path) -> None:
             for key, saved in tensors.items()
         }
         save_file(values, out / name)
-    shutil.copyfile(folder / "tokenizer.json", out / VLM_FOLDER / "tokenizer.json")
-    copy_weights(folder, out / WEIGHTS)

@@ -14,6 +14,8 @@ from typing import Any
 import yaml
 from packaging.version import InvalidVersion, Version
 
+from ..files import reading
+
 # RoboVerse's names of LIBERO's cameras (its img_libero_aug.yaml: image, wrist_image), and `lerobot/libero`'s.
 LIBERO_CAMERAS = {"3p1": "observation.images.image", "3p2": "observation.images.image2"}
 # The data's YAML that NVlabs/vla0 comes with: absolute actions of the robot. Another one has to be at hand.
@@ -183,11 +185,9 @@ def _data_settings(file: Path, options: PeerOptions, path: str, words: Any) -> d
     places = [file.parent / Path(path).name, *(folder / path for folder in file.parents)]
     found = options.data_config or next((place for place in places if place.is_file()), None)
     if found is not None:
-        try:
+        with reading(found):
             content = yaml.load(found.read_text(), _YacsLoader)
-        except yaml.YAMLError as error:
-            raise ValueError(f"{found} is no YAML ({str(error).splitlines()[0]}).") from error
-        return DATA_DEFAULTS | dict(_flat(content or {})) | given
+            return DATA_DEFAULTS | dict(_flat(content or {})) | given
     if Path(path).name != LIBERO_YAML and DELTA not in given:
         raise ValueError(
             f"{file} was trained on data of {path}, which is not at hand: it says whether actions are deltas "

@@ -4,7 +4,6 @@ Transformers loads them, because it knows shards, tied weights and the names tha
 It only warns about tensors that are missing or do not fit; here they are errors.
 """
 
-import json
 from pathlib import Path
 
 import torch
@@ -13,6 +12,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_model
 from torch import nn
+
+from ..files import not_found, read_json, reading
 
 # safetensors' names of the types that weights come in.
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -34,10 +35,7 @@ def find_folder(source: str, revision: str | None, option: str) -> Path:
     try:
         return Path(snapshot_download(source, revision=revision, allow_patterns=FILES))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
-        raise FileNotFoundError(
-            f"{option}={source!r} is neither a folder nor a Hub repo that can be read "
-            f"({str(error).splitlines()[0]})."
-        ) from error
+        raise FileNotFoundError(f"{option}={not_found(source, error)}") from error
 
 
 def copy_weights(folder: Path, file: Path, adapter: Path | None = None) -> nn.Module:
@@ -103,7 +101,8 @@ def _stored_types(folder: Path) -> dict[str, str]:
     index = folder / "model.safetensors.index.json"
     files = [folder / "model.safetensors"]
     if index.is_file():
-        files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        with reading(index):
+            files = [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
     types: dict[str, str] = {}
     for file in files:
         if not file.is_file():
