@@ -71,8 +71,6 @@ def main(argv: list[str] | None = None) -> None:
         raise  # a RuntimeError, but none that a user can mend
     except USER_ERRORS as error:
         sys.exit(f"lerobot-vla0 {name}: {error}")
-    except KeyboardInterrupt:
-        sys.exit(f"lerobot-vla0 {name}: interrupted")
     except SystemExit as stop:
         sys.exit(1 if stop.code == 2 else stop.code)  # 2: argparse has shown its message
 
