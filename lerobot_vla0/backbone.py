@@ -21,6 +21,7 @@ from transformers.utils import cached_file, is_bitsandbytes_available, is_flash_
 
 from .configuration_vla0 import DTYPES, VLA0Config
 from .families import FAMILIES, family
+from .files import reading
 
 
 def read_config(vlm: str | Path, revision: str | None = None) -> Any:
@@ -31,7 +32,8 @@ def read_config(vlm: str | Path, revision: str | None = None) -> Any:
         ValueError: nothing there, or not a supported vision-language model.
     """
     try:
-        config = AutoConfig.from_pretrained(vlm, revision=revision, trust_remote_code=False)
+        with reading(vlm):
+            config = AutoConfig.from_pretrained(vlm, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"vlm={str(vlm)!r}: no vision-language model could be read there ({str(error).splitlines()[0]}). "
@@ -131,7 +133,7 @@ def load_vlm(
             llm_int8_skip_modules=[*kept, "lm_head"],
         )
     model = AutoModelForImageTextToText.from_pretrained(vlm, config=config, **settings)
-    return model, AutoProcessor.from_pretrained(vlm, **source)
+    return model, _read_processor(vlm, revision)
 
 
 def build_vlm(folder: Path, *, dtype: str, attn_implementation: str | None) -> tuple[nn.Module, Any]:
@@ -145,7 +147,23 @@ def build_vlm(folder: Path, *, dtype: str, attn_implementation: str | None) -> t
             config, dtype=DTYPES[dtype], attn_implementation=attention, trust_remote_code=False
         )
     model.tie_weights()
-    return model.eval(), AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+    return model.eval(), _read_processor(folder)
+
+
+def _read_processor(vlm: str | Path, revision: str | None = None) -> Any:
+    """The processor at a Hub id or folder.
+
+    Raises:
+        ValueError: it is not there or damaged.
+    """
+    try:
+        with reading(vlm):
+            return AutoProcessor.from_pretrained(vlm, revision=revision, trust_remote_code=False)
+    except ValueError as error:
+        raise ValueError(
+            f"{vlm}: the tokenizer or image processor could not be read ({str(error).splitlines()[0]}). Copy "
+            "or download it again."
+        ) from error
 
 
 def make_vlm(config: VLA0Config, folder: Path | None) -> tuple[nn.Module, Any]:

@@ -162,7 +162,8 @@ def _statistics(processor: Path) -> dict[str, dict[str, Tensor]]:
                 f"{folder / state_file} is missing: it holds the statistics that turn integers into robot "
                 "commands. Copy or download the whole checkpoint."
             )
-        with safe_open(folder / state_file, framework="pt") as state:
+        file = folder / state_file
+        with readable(file), safe_open(file, framework="pt") as state:
             for key in state.keys():  # noqa: SIM118 (not a dict)
                 feature, _, statistic = key.rpartition(".")
                 stats.setdefault(feature, {})[statistic] = state.get_tensor(key)

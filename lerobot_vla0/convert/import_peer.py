@@ -17,7 +17,7 @@ from lerobot.utils.constants import ACTION
 
 from ..checkpoint import ADAPTER_CONFIG, VLM_FOLDER, WEIGHTS
 from ..configuration_vla0 import VLA0Config
-from ..files import read_json
+from ..files import read_json, reading
 from .import_nvlabs import LIBERO_CAMERAS, PeerOptions, nvlabs_settings
 from .import_stats import read_stats
 from .weights import copy_weights, find_folder
@@ -80,7 +80,8 @@ def import_peer(folder: Path, options: PeerOptions, out: Path) -> Imported:
         base_folder = find_folder(adapter["base"], adapter["revision"], "--base")
     read_config(base_folder)  # refuses what is no VLM
     try:
-        processor = AutoProcessor.from_pretrained(model_folder, trust_remote_code=False)
+        with reading(model_folder):
+            processor = AutoProcessor.from_pretrained(model_folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"{model_folder} has no processor that Transformers can read ({str(error).splitlines()[0]}). "

@@ -73,7 +73,10 @@ def read_log(log: Path) -> dict[str, list[float]]:
     for name in METRICS:
         values = [re.search(rf"\b{name}:(\S+)", line) for line in lines.values()]
         if all(values):
-            metrics[name] = [float(value[1]) for value in values]
+            try:
+                metrics[name] = [float(value[1]) for value in values]
+            except ValueError as error:
+                raise ValueError(f"log={str(log)!r} is damaged: a {name} is no number ({error}).") from error
     return metrics
 
 

@@ -95,6 +95,12 @@ def record(config: RecordConfig) -> Path:
     return Path(config.out)
 
 
+def check_image_size(size: int) -> None:
+    """Raises ValueError for pictures that cannot be rendered."""
+    if not SIZES[0] <= size <= SIZES[1]:
+        raise ValueError(f"image_size={size} must be in {SIZES[0]}..{SIZES[1]} pixels.")
+
+
 def _check(config: RecordConfig) -> None:
     """All settings, before anything is written."""
     if config.episodes < 1 or not config.tasks:
@@ -105,10 +111,9 @@ def _check(config: RecordConfig) -> None:
         raise ValueError(f"noise={config.noise} must be in 0..1: actions are in [-1, 1].")
     if config.workers < 1 or config.seed < 0:
         raise ValueError(f"workers={config.workers} must be at least 1, and seed={config.seed} at least 0.")
-    low, high = SIZES
-    if not low <= config.image_size <= high or (config.video and config.image_size % 2):
-        even = ", and even for video" if config.video else ""
-        raise ValueError(f"image_size={config.image_size} must be in {low}..{high} pixels{even}.")
+    check_image_size(config.image_size)
+    if config.video and config.image_size % 2:
+        raise ValueError(f"image_size={config.image_size} must be even for video.")
     check_task_ids(config.suite, config.tasks)
     if len(set(config.tasks)) < len(config.tasks):
         raise ValueError(f"tasks={config.tasks} names a task twice. For more of it, raise episodes.")

@@ -15,6 +15,7 @@ from ..libero.env import LiberoEnv
 from ..modeling_vla0 import VLA0Policy
 from ..options import PolicyOptions
 from ..processor_vla0 import load_processors
+from .record import check_image_size
 
 FRAME_SIZE = 256  # pixels per side of a frame, whatever the size of the images that the policy sees
 MAX_BYTES = 300_000
@@ -75,6 +76,7 @@ def rollout_strip(config: StripConfig) -> Path:
     config.require_policy("which policy?")
     if config.frames < 2:
         raise ValueError(f"frames={config.frames} must be at least 2.")
+    check_image_size(config.image_size)
     out = check_place(config.out, "file")
     if out.suffix.lower() != ".png":
         raise ValueError(f"out={str(config.out)!r} must end with .png: the picture is a PNG.")

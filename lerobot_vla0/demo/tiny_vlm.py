@@ -71,6 +71,11 @@ def make_tiny_vlm(config: TinyVLMConfig) -> Path:
     from transformers import GenerationConfig, Qwen2_5_VLForConditionalGeneration
 
     out = check_place(config.out, "new folder")
+    for name in ("hidden_size", "num_layers", "num_heads", "vision_hidden_size", "vision_layers"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name}={getattr(config, name)} must be at least 1.")
+    if not 0 <= config.seed < 2**63:
+        raise ValueError(f"seed={config.seed} must be at least 0 and below 2^63.")
     head_dim, remainder = divmod(config.hidden_size, config.num_heads)
     if remainder or head_dim % 16:
         raise ValueError(
