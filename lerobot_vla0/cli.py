@@ -7,6 +7,7 @@ import sys
 from pkgutil import resolve_name
 
 from draccus.utils import DraccusException
+from httpx import HTTPError  # no network, as huggingface_hub reports it
 from safetensors import SafetensorError
 from yaml import YAMLError
 
@@ -40,6 +41,7 @@ USAGE = "usage: lerobot-vla0 COMMAND [--option=value ...]\n\ncommands:\n" + "\n"
 USER_ERRORS = (
     argparse.ArgumentError,
     DraccusException,
+    HTTPError,
     ImportError,
     OSError,
     RuntimeError,

@@ -387,7 +387,7 @@ CASES += [
             ("--eval.episodes=3", "eval.episodes"), ("--eval_after_train --eval.suites=x", "'x'"),
             ("--dataset.root=nowhere", "dataset.root='nowhere'"), ("--dataset.root=file.png", "dataset.root='file.png'"),
             ("--dataset.root=empty", "dataset.root='empty'"), ("--policy.vlm=/nonexistent/x", "/nonexistent/x"),
-            ("--policy.vlm=empty", "empty"), ("--dataset.episodes=[99]", "99"), ("--save_steps=0", "save_steps"),
+            ("--policy.vlm=empty", "empty"), ("--dataset.episodes=[99]", "99"),
         ]
     ),
     *(
@@ -395,18 +395,18 @@ CASES += [
         for content, message in [
             ("", "bad must hold"), ("- 1", "bad must hold"), ("a: [", "bad is damaged"), (b"\xff\xfe\xff", "bad is damaged"),
             ("1: 2", "bad must hold"), ("policy: 3", "policy must be a mapping"), ("policy: {1: 2}", "policy must be"),
-            ("env: [1]", "env must be a mapping"), ("env: {'a=b': 1}", "env"), ("policy: {vlm: 2024-01-01}", "2024-01-01"),
+            ("env: [1]", "env must be a mapping"), ("env: {'a=b': 1}", "env"),
             ("learning_rat: 1", "'learning_rate'"), ("learning_rate: fast", "learning_rate"),
         ]
     ),
     *(
         (f"{SFT} --dataset.root=bad", message, ("data", name, content))
         for name, content, message in [
-            ("meta/info.json", "", "info.json is damaged"), ("meta/info.json", "[]", "info.json is damaged"),
-            ("meta/info.json", without("features"), "info.json is damaged"),
-            ("meta/info.json", with_(3, "features"), "info.json is damaged"), ("meta/info.json", b"\xff", "info.json is damaged"),
-            ("meta/stats.json", "[", "stats.json is damaged"), ("meta/tasks.parquet", "x", "bad"),
-            ("meta/tasks.parquet", None, "bad"),
+            ("meta/info.json", "", "dataset.root=.bad"), ("meta/info.json", "[]", "dataset.root=.bad"),
+            ("meta/info.json", without("features"), "dataset.root=.bad"),
+            ("meta/info.json", with_(3, "features"), "dataset.root=.bad"), ("meta/info.json", b"\xff", "dataset.root=.bad"),
+            ("meta/stats.json", "[", "dataset.root=.bad"), ("meta/tasks.parquet", "x", "dataset.root=.bad"),
+            ("meta/tasks.parquet", None, "dataset.root=.bad"),
         ]
     ),
     # bench

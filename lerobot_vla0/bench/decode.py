@@ -109,7 +109,9 @@ def _check(config: BenchDecodeConfig) -> list[str]:
     """The names of the workloads."""
     common.check_counts(config, "batch_size", "chunks", "repeats")
     common.check_names("modes", config.modes, MODES)
-    common.check_names("workloads", config.workloads or [], WORKLOADS)
+    common.check_machine(config)
+    if config.workloads is not None:
+        common.check_names("workloads", config.workloads, WORKLOADS)
     trained = config.model not in common.SHAPES
     if trained and not Path(config.model).is_dir():
         raise ValueError(

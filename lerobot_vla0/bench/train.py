@@ -75,6 +75,7 @@ def bench_train(config: BenchTrainConfig) -> dict[str, Any]:
     """
     common.check_counts(config, "batch_size", "steps", "repeats")
     common.check_names("modes", config.modes, MODES)
+    common.check_machine(config)
     if config.model not in common.SHAPES:
         raise ValueError(f"model={config.model!r} is none of {', '.join(common.SHAPES)}.")
     modes, out = list(config.modes), check_place(config.out, "folder")

@@ -19,7 +19,6 @@ from typing import Any
 from huggingface_hub import HfApi
 from lerobot.configs.default import PeftConfig
 from lerobot.configs.train import TrainPipelineConfig
-from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
 from lerobot.datasets.factory import make_dataset
 from lerobot.policies.factory import make_policy, make_pre_post_processors
 from transformers import set_seed
@@ -38,6 +37,7 @@ from ..libero.suites import episodes_of_suites
 from ..modeling_vla0 import VLA0Policy
 from ..options import load_policy_config
 from ..processor_vla0 import used_features
+from ..training_data import read_metadata
 from .resume import checkpoint_to_resume, step_of
 from .sft_options import Arguments, parse
 from .trainer import VLA0Trainer
@@ -155,7 +155,7 @@ def _pipeline(arguments: Arguments) -> TrainPipelineConfig:
 
 
 def _choose_episodes(arguments: Arguments) -> None:
-    """Sets `dataset.episodes` to those of `train_suite` and `max_episodes`."""
+    """Sets `dataset.episodes` to those of `train_suite` and `max_episodes`, of a data set that can be read."""
     options, config = arguments.options, arguments.dataset
     if config.streaming and arguments.training.max_steps <= 0:
         raise ValueError("dataset.streaming=true has no length: say how long to train with --max_steps.")
@@ -170,12 +170,14 @@ def _choose_episodes(arguments: Arguments) -> None:
                 f"{name}={value!r} has no effect with dataset.streaming=true: LeRobot streams all episodes. "
                 "Leave one of them out; without streaming, the data set is downloaded."
             )
+    meta = read_metadata(config.repo_id, config.root, revision=config.revision, repo_type=config.repo_type)
+    known = range(meta.total_episodes)
+    unknown = [episode for episode in config.episodes or [] if episode not in known]
+    if unknown:
+        raise ValueError(f"dataset.episodes names {unknown}; the data set has 0..{known[-1]}.")
     if options.train_suite is None and options.max_episodes is None:
         return
-    meta = LeRobotDatasetMetadata(
-        config.repo_id, root=config.root, revision=config.revision, repo_type=config.repo_type
-    )
-    episodes = list(range(meta.total_episodes)) if config.episodes is None else config.episodes
+    episodes = list(known) if config.episodes is None else config.episodes
     if options.train_suite is not None:
         tasks = meta.episodes["tasks"] if "tasks" in meta.episodes.column_names else [[]]
         of_suite = set(episodes_of_suites(options.train_suite, tasks))

@@ -132,7 +132,10 @@ class SFTOptions:
         if not self.use_lora:
             self.refuse_lora("without --use_lora")
         given = self.rename_map or {}
-        names = yaml.safe_load(given) if isinstance(given, str) else given
+        try:
+            names = yaml.safe_load(given) if isinstance(given, str) else given
+        except yaml.YAMLError:
+            names = None
         if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
             raise ValueError(f"rename_map={given!r} must be '{{name in the data set: new name, ...}}'.")
         self.rename_map = names
