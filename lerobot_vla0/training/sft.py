@@ -155,7 +155,7 @@ def _pipeline(arguments: Arguments) -> TrainPipelineConfig:
 
 
 def _choose_episodes(arguments: Arguments) -> None:
-    """Sets `dataset.episodes` to those of `train_suite` and `max_episodes`, of a data set that can be read."""
+    """Sets `dataset.episodes` to those of `train_suite` and `max_episodes`, if the data set can be read."""
     options, config = arguments.options, arguments.dataset
     if config.streaming and arguments.training.max_steps <= 0:
         raise ValueError("dataset.streaming=true has no length: say how long to train with --max_steps.")
