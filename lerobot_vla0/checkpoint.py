@@ -11,18 +11,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from huggingface_hub import hf_hub_download, snapshot_download
 from lerobot.configs import PreTrainedConfig
-from lerobot.utils.constants import POLICY_POSTPROCESSOR_DEFAULT_NAME, POLICY_PREPROCESSOR_DEFAULT_NAME
+from lerobot.utils.constants import (
+    ACTION,
+    POLICY_POSTPROCESSOR_DEFAULT_NAME,
+    POLICY_PREPROCESSOR_DEFAULT_NAME,
+)
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .files import not_found, read_json, reading
-from .task_stats import check_action_statistics, check_state_statistics
+from .task_stats import STATISTICS, check_action_statistics, check_state_statistics
 
 VLM_FOLDER = "vlm"  # config, tokenizer and image processor of the VLM
 WEIGHTS = "model.safetensors"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# LeRobot's normaliser takes it for the range of a dimension that is constant.
+MAX_EPS = 1e-3
 # Arguments of `from_pretrained` that are handed to the Hub's client.
 HUB_OPTIONS = ("force_download", "cache_dir", "local_files_only", "token")
 
@@ -105,9 +112,15 @@ def check_checkpoint(
 
     Raises:
         FileNotFoundError: weights, VLM config or the file of the statistics are missing.
-        ValueError: the action dimension or `num_bins` differ from the checkpoint's, or its statistics lack
-            the range of the action, or of the state that it uses, or hold one that is not finite.
+        ValueError: the action dimension or `num_bins` differ from the checkpoint's, it names a server, or its
+            processors differ from its config or lack statistics, or these cannot be used.
     """
+    if saved.server is not None and config.server == saved.server:
+        raise ValueError(
+            f"{folder / 'config.json'} names server={saved.server!r}, which would see the pictures and the "
+            "key, and move the robot. A checkpoint cannot choose one: set it to null there, and give yours "
+            "with --policy.server."
+        )
     for name in (*([WEIGHTS] if weights else []), f"{VLM_FOLDER}/config.json"):
         if not (folder / name).is_file():
             raise FileNotFoundError(
@@ -139,10 +152,47 @@ def check_checkpoint(
             f"{folder} holds weights only: {postprocessor.name} (statistics of the actions) is missing."
         )
         return
-    check_action_statistics(saved, _statistics(postprocessor), str(postprocessor))
+    actions = _statistics(postprocessor)
+    check_action_statistics(saved, actions, str(postprocessor))
+    with reading(postprocessor):
+        _check_settings(saved, postprocessor)
     preprocessor = folder / f"{POLICY_PREPROCESSOR_DEFAULT_NAME}.json"
-    if preprocessor.is_file():
-        check_state_statistics(saved, _statistics(preprocessor), str(preprocessor))
+    if not preprocessor.is_file():
+        return
+    stats = _statistics(preprocessor)
+    check_state_statistics(saved, stats, str(preprocessor))
+    check_action_statistics(saved, stats, str(preprocessor))
+    with reading(preprocessor):
+        _check_settings(saved, preprocessor)
+    for name in STATISTICS[saved.normalization_mapping["ACTION"]]:
+        if not torch.equal(stats[ACTION][name], actions[ACTION][name]):
+            raise ValueError(
+                f"{preprocessor} and {postprocessor.name} have different {name} of {ACTION!r}: they are not "
+                "of one training. Copy or download the whole checkpoint."
+            )
+
+
+def _check_settings(config: PreTrainedConfig, processor: Path) -> None:
+    """Raises ValueError if a saved processor counts on other bins or another normalisation than the config,
+    so that integers would mean other actions; or moves dimensions that were constant in training."""
+    expected = {kind: config.normalization_mapping[kind].value for kind in ("ACTION", "STATE")}
+    for step in read_json(processor)["steps"]:
+        name, settings = step.get("registry_name") or step.get("class", ""), step.get("config", {})
+        differing = {}
+        if name.startswith("vla0_action_"):
+            differing = {"num_bins": (settings.get("num_bins", 1000), config.num_bins)}
+        elif name.endswith("normalizer_processor"):
+            norm_map = settings.get("norm_map", {})
+            differing = {f"norm_map[{kind!r}]": (norm_map.get(kind), mode) for kind, mode in expected.items()}
+            eps = settings.get("eps", 0.0)
+            if not isinstance(eps, int | float) or not 0 <= eps <= MAX_EPS:
+                raise ValueError(f"{processor}: eps={eps!r} of {name!r} must be in [0, {MAX_EPS:g}].")
+        for field, (found, wanted) in differing.items():
+            if found != wanted:
+                raise ValueError(
+                    f"{processor}: {field}={found!r} of {name!r} differs from the {wanted!r} of config.json. "
+                    "Copy or download the whole checkpoint."
+                )
 
 
 def _statistics(processor: Path) -> dict[str, dict[str, Tensor]]:

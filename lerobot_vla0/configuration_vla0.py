@@ -1,10 +1,13 @@
 """LeRobot configuration of VLA-0 (`--policy.type=vla0`). Imports neither transformers nor a simulator."""
 
+import copy
 import inspect
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import draccus
 import torch
@@ -23,39 +26,32 @@ IDENTITY, MIN_MAX = NormalizationMode.IDENTITY, NormalizationMode.MIN_MAX
 BOUNDED = (MIN_MAX, NormalizationMode.QUANTILES, NormalizationMode.QUANTILE10)
 NORMALIZATIONS = {"STATE": BOUNDED, "ACTION": BOUNDED, "VISUAL": (IDENTITY,)}
 
-ABOVE_0 = (lambda v: v > 0, "above 0")
-AT_LEAST_0 = (lambda v: v >= 0, "at least 0")
-AT_LEAST_1 = (lambda v: v >= 1, "at least 1")
+ABOVE_0 = (lambda v: 0 < v < math.inf, "above 0 and finite")
+AT_LEAST_0 = (lambda v: 0 <= v < math.inf, "at least 0 and finite")
 SHARE = (lambda v: 0 <= v <= 1, "in [0, 1]")
-# Per field, whether a value is allowed, and what is, in words.
+# Per field, whether a value is allowed, and what is, in words. The upper limits are far beyond any use: a
+# file that asks for more would fill the memory.
 ALLOWED = {
     "dtype": (lambda v: v in DTYPES, f"one of {', '.join(DTYPES)}"),
     "cameras": (lambda v: v is None or 0 < len(v) == len(set(v)), "None or a list of different image keys"),
-    "image_size": (lambda v: v >= 1, "at least 1 pixel"),
+    "image_size": (lambda v: 1 <= v <= 4096, "at least 1 pixel, and at most 4096"),
     "crop_ratio": (lambda v: 0 < v <= 1, "in (0, 1]"),
     "crop_rounding": (lambda v: v in ("down", "even"), "down or even"),
-    "chunk_size": AT_LEAST_1,
-    "num_bins": (lambda v: v >= 2, "at least 2"),
+    "chunk_size": (lambda v: 1 <= v <= 1024, "at least 1, and at most 1024"),
+    "num_bins": (lambda v: 2 <= v <= 100_000, "at least 2, and at most 100000"),
     "action_norm": (lambda v: v in ("dataset", "task"), "dataset or task"),
     "n_obs_steps": (lambda v: v == 1, "1 (VLA-0 has no history)"),
-    "jitter_brightness": SHARE,
-    "jitter_contrast": SHARE,
-    "jitter_saturation": SHARE,
+    **dict.fromkeys(["jitter_brightness", "jitter_contrast", "jitter_saturation"], SHARE),
     "jitter_hue": (lambda v: 0 <= v <= 0.5, "in [0, 0.5]"),
-    "action_mask_prob": SHARE,
-    "action_mask_skip_prob": SHARE,
-    "optimizer_lr": ABOVE_0,
+    **dict.fromkeys(["action_mask_prob", "action_mask_skip_prob"], SHARE),
+    **dict.fromkeys(["optimizer_lr", "optimizer_eps", "server_timeout"], ABOVE_0),
     "optimizer_betas": (lambda v: len(v) == 2 and all(0 <= b < 1 for b in v), "two numbers in [0, 1)"),
-    "optimizer_eps": ABOVE_0,
-    "optimizer_weight_decay": AT_LEAST_0,
-    "optimizer_grad_clip_norm": AT_LEAST_0,
-    "scheduler_warmup_steps": AT_LEAST_0,
-    "ensemble_size": AT_LEAST_1,
+    **dict.fromkeys(["optimizer_weight_decay", "optimizer_grad_clip_norm"], AT_LEAST_0),
+    "ensemble_size": (lambda v: v >= 1, "at least 1"),
     "ensemble_weight": (lambda v: 0 < v <= 1, "in (0, 1]"),
     "draft_length": (lambda v: v is None or 0 <= v <= 63, "None or in 0..63"),
-    "temperature": AT_LEAST_0,
+    **dict.fromkeys(["scheduler_warmup_steps", "temperature"], AT_LEAST_0),
     "server": (lambda v: v is None or re.match("https?://", v), "a URL that begins with http:// or https://"),
-    "server_timeout": ABOVE_0,
 }
 
 
@@ -254,9 +250,10 @@ class VLA0Config(PreTrainedConfig):
 
     # [6. The VLM on a server]
     # OpenAI-compatible base URL (http://localhost:8000/v1) of a server that has the export (lerobot-vla0
-    # export) of the checkpoint at --policy.path: the VLM runs there, no weights are loaded. For acting only.
+    # export) of the checkpoint at --policy.path: the VLM runs there, no weights are loaded. For acting only;
+    # never part of a checkpoint.
     server: str | None = None
-    # Seconds without a byte from the server until a request counts as lost, above 0; it is sent three times.
+    # Seconds until a request without a complete answer counts as lost, above 0; it is sent three times.
     server_timeout: float = 30.0
     # Name of the model on the server; None takes its only one.
     server_model: str | None = None
@@ -281,18 +278,16 @@ class VLA0Config(PreTrainedConfig):
 
     def validate_features(self) -> None:
         """Checks input and output features, which LeRobot fills in from the data set or environment."""
+        inputs, outputs = sorted(self.input_features or {}), sorted(self.output_features or {})
         if self.action_feature is None:
-            raise ValueError(
-                f"VLA-0 needs an `action` feature; the data set or environment has "
-                f"{sorted(self.output_features or {})}."
-            )
+            raise ValueError(f"VLA-0 needs an `action` feature; the data set or environment has {outputs}.")
         if len(self.action_feature.shape) != 1:
             raise ValueError(f"action must be a vector, got shape {tuple(self.action_feature.shape)}.")
         present = sorted(self.image_features)
         if not present:
             raise ValueError(
-                "VLA-0 needs at least one camera: no image feature among "
-                f"{sorted(self.input_features or {})}. Use a data set or environment with images."
+                f"VLA-0 needs at least one camera: no image feature among {inputs}. Use a data set or "
+                "environment with images."
             )
         unknown = [key for key in self.cameras or [] if key not in present]
         if unknown:
@@ -301,9 +296,14 @@ class VLA0Config(PreTrainedConfig):
             )
         if self.use_state and self.robot_state_feature is None:
             raise ValueError(
-                "use_state=True needs the feature observation.state; present are "
-                f"{sorted(self.input_features or {})}. Set use_state=false."
+                f"use_state=True needs the feature observation.state; present are {inputs}. Set "
+                "use_state=false."
             )
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        saved = copy.copy(self)
+        saved.server = None  # counts for who names it, not for whoever loads the checkpoint
+        super(VLA0Config, saved)._save_pretrained(save_directory)
 
     @property
     def camera_keys(self) -> list[str]:

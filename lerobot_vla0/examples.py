@@ -18,6 +18,8 @@ from .images import prepare_images
 from .prompt import ChatFormatter
 from .task_stats import TASK_RANGE
 
+MAX_INTEGERS = 8192  # of a prediction: far beyond any use. What a file asks for must not fill the memory.
+
 
 def augmentation_generator() -> torch.Generator:
     """Generator of one batch's augmentation, seeded by one draw from Python's global generator plus the rank.
@@ -63,8 +65,8 @@ class ExampleMaker:
         vlm_processor: the VLM's Transformers processor.
 
     Raises:
-        ValueError: `image_size` or `tile_images` makes pictures that the VLM would resize or refuse, or the
-            tokenizer does not write numbers digit by digit.
+        ValueError: `image_size` or `tile_images` makes pictures that the VLM would resize or refuse, a
+            prediction has too many integers, or the tokenizer does not write numbers digit by digit.
     """
 
     def __init__(self, config: VLA0Config, vlm_processor: Any) -> None:
@@ -89,6 +91,12 @@ class ExampleMaker:
                 "only. Set tile_images=false: one picture per camera."
             )
         self.action_dim = config.action_feature.shape[0]
+        count = config.chunk_size * self.action_dim
+        if not 1 <= count <= MAX_INTEGERS:
+            raise ValueError(
+                f"chunk_size={config.chunk_size} times {self.action_dim} dimensions of the action are "
+                f"{count} integers: there must be 1..{MAX_INTEGERS} in a prediction. Lower chunk_size."
+            )
         height, width = config.image_size, config.image_size * (cameras if tiled else 1)
         mark, text = self.family.picture_text(vlm_processor, height, width)
         self.chat = ChatFormatter(
@@ -180,8 +188,19 @@ class ExampleMaker:
             )
 
     def pictures(self, observation: Observation, generator: torch.Generator | None) -> Tensor:
-        """uint8 (B, N, 3, H, W) of N pictures per row, augmented if a generator is given."""
+        """uint8 (B, N, 3, H, W) of N pictures per row, augmented if a generator is given.
+
+        Raises:
+            ValueError: not augmented, as when acting, and an image is not finite or not in [0, 1].
+        """
         config = self.config
+        for key, images in zip(config.camera_keys, observation.cameras, strict=True):
+            low, high = (0.0, 1.0) if generator is not None else torch.stack(images.aminmax()).tolist()
+            if not (low >= 0 and high <= 1):  # with a NaN, both are NaN
+                raise ValueError(
+                    f"{key} has values from {low:g} to {high:g}: they must be finite and in [0, 1]. Divide "
+                    "bytes by 255."
+                )
         return prepare_images(
             observation.cameras,
             size=config.image_size,

@@ -19,7 +19,7 @@ from transformers import AutoProcessor
 from . import adapters, backbone
 from .checkpoint import HUB_OPTIONS, VLM_FOLDER, Checkpoint, check_checkpoint, readable
 from .configuration_vla0 import VLA0Config
-from .decoding.chunk_decoder import ChunkDecoder, EpisodeState, episode_rows
+from .decoding.chunk_decoder import ChunkDecoder, EpisodeState, Lock, episode_rows
 from .decoding.server import ServerDecoder
 from .examples import ExampleMaker, augmentation_generator
 from .loss import answer_loss
@@ -32,7 +32,7 @@ class VLA0Policy(PreTrainedPolicy):
 
     Batches come from the preprocessor: images float (B, 3, H, W) in [0, 1] under `config.camera_keys`, `task`
     a list of B instructions, `action` (training) int64 bins (B, chunk_size, D) in 0..num_bins. Actions go to
-    the postprocessor as bins, too.
+    the postprocessor as bins, too. Acting is as in evaluation mode, and changes no mode.
 
     Args:
         config: with `input_features` and `output_features` filled in (LeRobot's `make_policy` does).
@@ -77,6 +77,7 @@ class VLA0Policy(PreTrainedPolicy):
             self.decoder = ServerDecoder(config, self.examples)
             # LeRobot counts a policy's parameters and asks them for the device.
             self.placeholder = nn.Parameter(torch.zeros(0, device=config.device), requires_grad=False)
+        self._lock = Lock()  # of what acting remembers
         self.reset()
 
     def post_init(self) -> None:
@@ -139,9 +140,11 @@ class VLA0Policy(PreTrainedPolicy):
         return answer_loss(hidden, self.model.lm_head.weight, labels, places, digit_ids, reduction)
 
     def train(self, mode: bool = True) -> Self:
-        if mode and hasattr(self, "decoder"):
-            self.decoder.release()  # its memory is needed, and the weights are about to change
-        return super().train(mode)
+        changed = mode != self.training
+        super().train(mode)
+        if changed and hasattr(self, "decoder"):
+            self.decoder.release()  # its memory is needed, or the weights have changed
+        return self
 
     def _apply(self, *args: Any, **kwargs: Any) -> Self:  # .to(), .cuda(), .float(), ...
         self.decoder.release()
@@ -153,16 +156,14 @@ class VLA0Policy(PreTrainedPolicy):
         Args:
             rows: that begin, as `episode_rows` takes them; None for all. With `stream` all look again.
         """
-        begun = None if rows is None else episode_rows(rows, len(self._action_queue))
-        if begun != []:
-            self._stream: Iterator[Tensor] = iter(())
-        if begun is None:
+        with self._lock:
+            begun = None if rows is None else episode_rows(rows, len(self._action_queue))
+            if begun != []:
+                self._stream: Iterator[Tensor] = iter(())
             # One per environment. LeRobot 0.6.2 clears the attribute of this name to drop queued actions.
-            self._action_queue: list[EpisodeState] = []
-        elif self._action_queue:
-            fresh = self.decoder.new_episodes(len(self._action_queue))
-            for row in begun:
-                self._action_queue[row] = fresh[row]
+            old: list[EpisodeState] = [] if begun is None else self._action_queue
+            fresh = self.decoder.new_episodes(len(old))
+            self._action_queue = [fresh[i] if i in begun else state for i, state in enumerate(old)]
 
     def stream_action_chunk(self, batch: dict[str, Any], steps: int | None = None) -> Iterator[Tensor]:
         """Yields timestep after timestep, bins (B, D) as float32, as soon as every row has written it.
@@ -171,7 +172,6 @@ class VLA0Policy(PreTrainedPolicy):
             batch: as for `predict_action_chunk`.
             steps: timesteps to decode; None decodes all of the chunk.
         """
-        self.eval()
         observation = self.examples.check(batch)
         episodes = self._action_queue
         if len(episodes) != len(observation):
@@ -192,29 +192,29 @@ class VLA0Policy(PreTrainedPolicy):
         """The next action as bins, float32 (B, D).
 
         Looks at the batch when `n_action_steps` actions of the last look are used up, and decodes no more
-        timesteps of a chunk than will be used.
+        timesteps of a chunk than will be used. Calls of several threads wait for each other.
         """
-        self.eval()
         config, observation = self.config, self.examples.check(batch)
-        if len(self._action_queue) != len(observation):
-            self.reset()
-            self._action_queue = self.decoder.new_episodes(len(observation))
-        episodes = self._action_queue
-        if config.stream:
-            action = next(self._stream, None)
-            if action is None:
-                self._stream = self.decoder.decode_chunk(observation, config.n_action_steps, episodes)
-                action = next(self._stream)
-            return action
-        # Environments that were reset at different times look at different times.
-        rows = [row for row, episode in enumerate(episodes) if not episode.actions]
-        if rows:
-            # Later chunks are averaged with what this one says about their timesteps.
-            steps = min(config.chunk_size, config.n_action_steps * config.ensemble_size)
-            decoding = self.decoder.decode_chunk(observation.take(rows), steps, [episodes[r] for r in rows])
-            for row, chunk in zip(rows, torch.stack(list(decoding), dim=1), strict=True):
-                episodes[row].add_chunk(chunk, executed=config.n_action_steps)
-        return torch.stack([episode.actions.popleft() for episode in episodes])
+        with self._lock:
+            if len(self._action_queue) != len(observation):
+                self.reset()
+                self._action_queue = self.decoder.new_episodes(len(observation))
+            episodes = self._action_queue
+            if config.stream:
+                if (action := next(self._stream, None)) is None:
+                    self._stream = self.decoder.decode_chunk(observation, config.n_action_steps, episodes)
+                    action = next(self._stream)
+                return action
+            # Environments that were reset at different times look at different times.
+            rows = [row for row, episode in enumerate(episodes) if not episode.actions]
+            if rows:
+                # Later chunks are averaged with what this one says about their timesteps.
+                steps = min(config.chunk_size, config.n_action_steps * config.ensemble_size)
+                due = [episodes[row] for row in rows]
+                decoding = self.decoder.decode_chunk(observation.take(rows), steps, due)
+                for episode, chunk in zip(due, torch.stack(list(decoding), dim=1), strict=True):
+                    episode.add_chunk(chunk, executed=config.n_action_steps)
+            return torch.stack([episode.actions.popleft() for episode in episodes])
 
     def _save_pretrained(self, save_directory: Path, **kwargs: Any) -> None:
         # LeRobot 0.6.1 passes `state_dict`, in the main process; 0.6.2 passes nothing, in every process.

@@ -112,8 +112,8 @@ class ChatFormatter:
         Raises:
             ValueError: an empty instruction, or one that contains the tokenizer's special tokens.
         """
-        if instruction in self._prompts:
-            return self._prompts[instruction]
+        if (known := self._prompts.get(instruction)) is not None:
+            return known
         if not instruction.strip():
             raise ValueError(
                 "task is an empty string: VLA-0 needs an instruction. Give every episode of the data set a "

@@ -56,15 +56,17 @@ def check_action_statistics(
 def check_values(
     statistics: dict[str, Any], needed: tuple[str, str], feature: PolicyFeature | None, where: str
 ) -> None:
-    """Raises ValueError unless the lower and the upper statistic are finite, in order, and as long as the
-    feature (None: of any length)."""
-    low, high = (torch.as_tensor(statistics[name]).double().flatten() for name in needed)
-    for name, values in zip(needed, (low, high), strict=True):
-        bad = (~values.isfinite()).nonzero().flatten().tolist()
+    """Raises ValueError unless the lower and the upper statistic and their difference are finite in float32,
+    in which LeRobot's normaliser computes, in order, and vectors as long as the feature (None: of any
+    length)."""
+    low, high = (_vector(statistics[name], f"{where} has {name}") for name in needed)
+    span = [(f"{needed[1]} - {needed[0]}", high - low)] if low.shape == high.shape else []
+    for name, values in [*zip(needed, (low, high), strict=True), *span]:
+        bad = (~values.float().isfinite()).nonzero().flatten().tolist()
         if bad:
             raise ValueError(
-                f"{where} has {name}={values[bad[0]].item()} in dimension {bad[0]}: it must be finite. "
-                "Repair or delete the episodes with such values, and compute the statistics again: "
+                f"{where} has {name}={values[bad[0]].item():.6g} in dimension {bad[0]}: it must be finite in "
+                "float32. Repair or delete the episodes with such values, and compute the statistics again: "
                 "lerobot-edit-dataset --operation.type=recompute_stats"
             )
     size = len(low) if feature is None else feature.shape[0]
@@ -79,6 +81,19 @@ def check_values(
             f"{where} has {needed[0]}={low[bad].item():.6g} above {needed[1]}={high[bad].item():.6g} in "
             f"dimension {bad}. Compute the statistics again."
         )
+
+
+def _vector(values: Any, where: str) -> Tensor:
+    """float64 (D,). The normaliser would spread a matrix or a column over the batch."""
+    try:
+        tensor = torch.as_tensor(values)
+        if tensor.is_complex() or (tensor.ndim > 1 and tensor.shape[-1] != tensor.numel()):
+            raise ValueError(f"{tensor.dtype} of shape {tuple(tensor.shape)}")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"{where} that is no vector of numbers ({error}). Compute the statistics again."
+        ) from error
+    return tensor.double().flatten()
 
 
 def check_state_statistics(

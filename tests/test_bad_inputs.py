@@ -4,6 +4,7 @@ traceback, and writes nothing."""
 
 import json
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -434,11 +435,11 @@ CASES += [
 
 
 @pytest.fixture
-def place(world, tmp_path, monkeypatch) -> Path:
+def place(world, tmp_path, monkeypatch, tmp_path_factory) -> Path:
     """A working directory with the world in it."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(world / "cache"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
     for path in world.iterdir():
         os.symlink(path, path.name)
     for name in ("full/file", "file.png"):
@@ -462,8 +463,6 @@ def ends(arguments: list[str], capsys: pytest.CaptureFixture) -> str:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: " ".join([case[0], *map(str, case[2:])])[:120])
 def test_ends_with_a_message_and_writes_nothing(case, place, world, capsys):
-    import re
-
     command, message, *damages = case
     for damaged in damages:
         damage(world, *damaged)

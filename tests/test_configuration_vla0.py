@@ -48,7 +48,24 @@ def test_round_trip(tmp_path):
     assert loaded == config
 
 
+def test_a_server_is_not_saved(tmp_path):
+    config = make_config("vlm", server="http://localhost:8000/v1", server_model="mine")
+    config.save_pretrained(tmp_path)
+    assert config.server == "http://localhost:8000/v1"
+    assert PreTrainedConfig.from_pretrained(tmp_path).server is None
+
+
+INF, NAN = float("inf"), float("nan")
 REFUSED = [
+    ("chunk_size", 10**9, "at most 1024"),
+    ("num_bins", 10**9, "at most 100000"),
+    ("image_size", 10**9, "at most 4096"),
+    ("temperature", INF, "at least 0 and finite"),
+    ("temperature", NAN, "at least 0 and finite"),
+    ("server_timeout", INF, "above 0 and finite"),
+    ("optimizer_lr", NAN, "above 0 and finite"),
+    ("optimizer_weight_decay", INF, "at least 0 and finite"),
+    ("optimizer_grad_clip_norm", NAN, "at least 0 and finite"),
     ("dtype", "fp8", "one of bfloat16, float16, float32"),
     ("n_obs_steps", 2, "1 \\(VLA-0 has no history\\)"),
     ("chunk_size", 0, "at least 1"),

@@ -9,6 +9,7 @@ from lerobot_vla0.decoding.engine import decode, decode_stream
 from lerobot_vla0.decoding.grammar import IntegerGrammar
 
 DIGITS, SPACE, END = list(range(15, 25)), 220, 300
+NAN, INF = float("nan"), float("inf")
 
 
 class MockModel:
@@ -208,6 +209,8 @@ def test_temperature_samples_from_the_restricted_softmax(draft):
     ("arguments", "message"),
     [
         ({"temperature": -0.1}, "temperature must be at least 0"),
+        ({"temperature": NAN}, "temperature must be at least 0 and finite, got nan"),
+        ({"temperature": INF}, "temperature must be at least 0 and finite, got inf"),
         ({"count": 0}, "count must be"),
         ({"count": 7}, "1..6"),
     ],
@@ -215,3 +218,71 @@ def test_temperature_samples_from_the_restricted_softmax(draft):
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         decode(MockModel(1), make_grammar(), 1, **arguments)
+
+
+class BrokenModel(MockModel):
+    """Logits at one place of the answer are changed; `symbols` are given as tokens, None means all."""
+
+    def __init__(self, place: int, value: float, tokens: list[int] | None) -> None:
+        super().__init__(2)
+        self.place, self.value = place, value
+        ids = sorted([*DIGITS, SPACE, END])
+        self.symbols = slice(None) if tokens is None else [ids.index(token) for token in tokens]
+
+    def logits(self, row: int, tokens: tuple[int, ...]) -> np.ndarray:
+        logits = super().logits(row, tokens)
+        if row == 1 and len(tokens) == self.place:
+            logits[self.symbols] = self.value
+        return logits
+
+
+WAYS = {
+    "greedy": {},
+    "sampled": {"temperature": 1.0},
+    "almost greedy": {"temperature": 1e-320},
+    "drafted": {"drafters": 31},
+    "drafted, sampled": {"drafters": 31, "temperature": 0.5},
+}
+
+
+def decode_in(way: str, model: MockModel) -> list[list[int]]:
+    grammar, settings = make_grammar(), dict(WAYS[way])
+    if "drafters" in settings:
+        settings["drafters"] = [AnyDrafter(grammar, settings["drafters"], [7, 450]) for _ in range(2)]
+    return decode(model, grammar, 2, generator=torch.Generator().manual_seed(0), **settings).integers
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("place", [0, 1, 4])
+@pytest.mark.parametrize(
+    ("value", "tokens"),
+    [(NAN, None), (-INF, None), (INF, None), (NAN, [*DIGITS[3:], SPACE]), (INF, [DIGITS[0], SPACE])],
+)
+def test_logits_without_a_largest_one_are_refused(way, place, value, tokens):
+    """One broken logit among the allowed ones is enough; the place may come before, in or after a draft."""
+    if place == 4:
+        tokens = None  # whatever is allowed there
+    with pytest.raises(ValueError, match="logits of the .* that may come next are .*no token can be chosen"):
+        decode_in(way, BrokenModel(place, value, tokens))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("place", "value", "tokens"), [
+    (0, NAN, [SPACE, END]),  # not allowed there
+    (0, INF, [SPACE, END]),
+    (0, -INF, DIGITS[:9]),  # one is left
+    (99, NAN, None),  # never reached
+])  # fmt: skip
+def test_logits_that_do_not_matter_may_be_broken(way, place, value, tokens):
+    for row in decode_in(way, BrokenModel(place, value, tokens)):
+        assert len(row) == 6 and all(0 <= integer <= 1000 for integer in row)
+
+
+def test_broken_logits_behind_a_rejected_draft_do_not_matter():
+    """They only serve the next draft."""
+    grammar = make_grammar(2)
+    model = Teacher([spell(123, 456)])
+    plain = model.logits
+    model.logits = lambda row, tokens: plain(row, tokens) * (NAN if tokens[:1] == (DIGITS[9],) else 1)
+    drafters = [AnyDrafter(grammar, 31, [999])]
+    assert decode(model, grammar, 1, drafters=drafters).integers == [[123, 456]]

@@ -82,3 +82,23 @@ def test_rows_of_an_observation(policy, processors):
     assert torch.equal(some.cameras[1][0], batch["observation.images.image2"][2])
     one = policy.examples.check({**observation(batch, slice(0, 1)), "task": "open the drawer"})
     assert one.tasks == ["open the drawer"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), -0.01, 1.01, 255.0])
+@pytest.mark.parametrize("act", ["select_action", "predict_action_chunk", "stream_action_chunk"])
+def test_one_pixel_that_is_no_brightness_moves_no_robot(value, act, policy, processors):
+    batch = observation(processors[0](make_batch(rows=2)))
+    batch["observation.images.image2"][1, 2, 30, 31] = value
+    with pytest.raises(ValueError, match=r"observation.images.image2 has values from .*in \[0, 1\]"):
+        list(getattr(policy, act)(batch))
+
+
+@pytest.mark.parametrize(("chunk_size", "dim"), [(8, 1025), (1024, 9), (1, 10**9), (8, 0)])
+def test_too_many_integers(chunk_size, dim, tiny_vlm, policy):
+    from conftest import make_config
+    from lerobot.configs import FeatureType, PolicyFeature
+
+    action = {"action": PolicyFeature(FeatureType.ACTION, (dim,))}
+    config = make_config(tiny_vlm, chunk_size=chunk_size, n_action_steps=1, output_features=action)
+    with pytest.raises(ValueError, match=f"{chunk_size * dim} integers: there must be 1..8192"):
+        ExampleMaker(config, policy.vlm_processor)

@@ -294,16 +294,67 @@ def test_temperature_samples(tiny_vlm, processors):
     assert not torch.equal(one, two) and torch.equal(policy.predict_action_chunk(batch), one)
 
 
+WAYS = {
+    "select_action": {},
+    "predict_action_chunk": {},
+    "stream_action_chunk": {},
+    "sampled": {"temperature": 0.7},
+    "tokens one by one": {"draft_length": 0},
+    "ensembled": {"ensemble_size": 3, "n_action_steps": 2},
+    "streamed": {"stream": True},
+}
+BROKEN_ROWS = {
+    "language_model.embed_tokens": slice(None),
+    "language_model.layers.0.self_attn.k_proj": 3,
+    "language_model.layers.0.mlp.down_proj": 5,
+    "language_model.norm": 0,
+    "visual.patch_embed.proj": 1,
+    "visual.blocks.0.attn.qkv": 2,
+    "visual.merger.mlp.2": 0,
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_weights_that_are_no_numbers_move_no_robot(way, tiny_vlm, processors):
+    """One row of any weight, or of the head, is an error; nothing of it stays."""
+    policy = VLA0Policy(make_config(tiny_vlm, **WAYS[way])).eval()
+    batch = observation(processors[0](make_batch(rows=2)))
+
+    def act() -> torch.Tensor:
+        torch.manual_seed(0)
+        policy.reset()
+        actions = getattr(policy, way if hasattr(policy, way) else "select_action")(batch)
+        return actions if isinstance(actions, torch.Tensor) else torch.stack(list(actions))
+
+    expected, chat = act(), policy.examples.chat
+    broken = [(policy.model.model.get_submodule(name).weight, row) for name, row in BROKEN_ROWS.items()]
+    broken += [(policy.model.lm_head.weight, row) for row in (chat.digit_ids[0], chat.space_id)]
+    for weight, row in broken:
+        good = weight.detach().clone()
+        with torch.no_grad():
+            weight[row] = float("nan")
+        policy.decoder.release()
+        with pytest.raises(ValueError, match="no token can be chosen. Its weights or its inputs hold NaN"):
+            act()
+        with torch.no_grad():
+            weight.copy_(good)
+        policy.decoder.release()
+    assert torch.equal(act(), expected)
+
+
 @pytest.mark.parametrize("act", ["select_action", "predict_action_chunk", "stream_action_chunk"])
-def test_acting_is_in_evaluation_mode_and_leaves_gradients_alone(act, policy, processors):
-    """Evaluation mode from the start of the call, as LeRobot's ACT; training goes on after `train()`."""
+def test_acting_is_as_in_evaluation_mode_and_leaves_mode_and_gradients_alone(act, policy, processors):
+    """From the start of the call; training just goes on."""
     batch = processors[0](make_batch(rows=1))
-    policy.train()
-    acted = getattr(policy, act)(observation(batch))
-    assert not policy.training
-    action = next(acted) if act == "stream_action_chunk" else acted
-    assert not action.requires_grad and not policy.training
-    policy.train()
+    for layer in policy.model.model.language_model.layers:
+        layer.mlp = torch.nn.Sequential(layer.mlp, torch.nn.Dropout(0.9))  # the same in evaluation mode only
+    actions = []
+    for mode in (False, True):
+        policy.train(mode).reset()
+        acted = getattr(policy, act)(observation(batch))
+        actions.append(torch.stack(list(acted)) if act == "stream_action_chunk" else acted)
+        assert not actions[-1].requires_grad and all(m.training == mode for m in policy.modules())
+    assert torch.equal(*actions)
     policy(batch)[0].backward()
 
 

@@ -4,6 +4,8 @@ each environment between two calls.
 `server.ServerDecoder` has the same methods, with the VLM behind HTTP.
 """
 
+import copy
+import threading
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,8 +23,8 @@ from . import engine
 from .drafting import AcceptanceRate, Drafter
 from .ensembling import TemporalEnsembler
 from .kv_cache import KVCache
-from .prepack import Prepacked, can_prepack
-from .session import DecodingSession, RowByRowSession, encode_prefix
+from .prepack import can_prepack, prepack
+from .session import DecodingSession, RowByRowSession, acting_model, encode_prefix
 
 # Per kind of device: longest draft in tokens; tokens of a pass over all rows; and the chance of being right
 # below which one more drafted token costs more time than it saves, for one row. On two CPU cores each further
@@ -52,6 +54,22 @@ class EpisodeState:
         self.actions.extend(self.ensembler.add(chunk, executed)[:executed])
 
 
+class Lock:
+    """A lock for `with`, which a thread may take again. Unlike Python's, it can be copied: as a new one."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> tuple[type["Lock"], tuple[()]]:
+        return Lock, ()
+
+
 def episode_rows(rows: Any, count: int) -> list[int]:
     """Rows of a batch of environments, as indices.
 
@@ -76,8 +94,17 @@ def episode_rows(rows: Any, count: int) -> list[int]:
     return indices
 
 
+@dataclass
+class Kept:
+    """What is made of the VLM for acting, and kept until its weights change."""
+
+    model: nn.Module | None = None  # from `acting_model`, with prepacked weights only in evaluation mode
+    prefix: list[tuple[Tensor, Tensor]] | None = None  # from `encode_prefix`, only in evaluation mode
+
+
 class ChunkDecoder:
-    """Decodes chunks of actions under the grammar.
+    """Decodes chunks of actions under the grammar. Several threads may decode at once, also while the model
+    is being trained: nothing that they share is changed meanwhile, but for the weights.
 
     Args:
         config: of the policy.
@@ -91,18 +118,22 @@ class ChunkDecoder:
         # Shared by all environments and episodes: how well the model predicts the tokens that follow a wrong
         # draft depends on how it was trained.
         self.acceptance = AcceptanceRate()
-        self._cache = KVCache()  # with compile_model, used by one session after the other
+        # With compile_model: caches that no chunk uses at present. Compiled graphs rely on their addresses.
+        self._caches: list[KVCache] = []
+        self._kept, self._modules = Kept(), []
         self.release()
         backbone.language_model(model).register_load_state_dict_post_hook(self._weights_loaded)
 
     def release(self) -> None:
         """Drops what was computed from the weights, to free memory or because they change.
 
-        Called by the policy when it starts training, moves to another device or loads weights. Whoever
-        changes weights in place in evaluation mode has to call it.
+        Called by the policy when it changes between training and evaluation mode, moves to another device or
+        loads weights. Whoever changes weights or modules in evaluation mode has to call it.
         """
-        self._prefix: list[tuple[Tensor, Tensor]] | None = None
-        self._prepacked: Prepacked | None = None
+        # Compiled graphs belong to modules, and see other weights by themselves.
+        modules = list(self.model.modules())
+        same = self.config.compile_model and modules == self._modules
+        self._kept, self._modules = Kept(self._kept.model if same else None), modules
 
     def _weights_loaded(self, *_: object) -> None:
         self.release()
@@ -141,48 +172,65 @@ class ChunkDecoder:
             # not depend on the seed alone.
             drafters = [self.make_drafter(len(episodes)) for _ in episodes]
         else:
-            drafters = [episode.drafter for episode in episodes]
+            # Copies, because two chunks may be decoded at once.
+            drafters = [copy.copy(episode.drafter) for episode in episodes]
         for drafter in drafters:
             drafter.start()
         dim, yielded = self.action_dim, 0
-        for decoded in engine.decode_stream(
-            self.session(inputs),
-            self.grammar,
-            len(drafters),
-            count=steps * dim,
-            drafters=drafters,
-            temperature=self.config.temperature,
-        ):
-            integers = decoded.integers
-            while yielded < steps and all(len(row) >= (yielded + 1) * dim for row in integers):
-                step = [row[yielded * dim : (yielded + 1) * dim] for row in integers]
-                bins = torch.tensor(step, dtype=torch.float32, device=inputs["input_ids"].device)
-                yield to_data_set_bins(bins, observation.task_range, self.config.num_bins)
-                yielded += 1
-        for drafter, answer in zip(drafters, integers, strict=True):
+        try:
+            cache = self._caches.pop()
+        except IndexError:  # all are in use
+            cache = KVCache()
+        try:
+            for decoded in engine.decode_stream(
+                self.session(inputs, cache),
+                self.grammar,
+                len(drafters),
+                count=steps * dim,
+                drafters=drafters,
+                temperature=self.config.temperature,
+            ):
+                integers = decoded.integers
+                while yielded < steps and all(len(row) >= (yielded + 1) * dim for row in integers):
+                    step = [row[yielded * dim : (yielded + 1) * dim] for row in integers]
+                    bins = torch.tensor(step, dtype=torch.float32, device=inputs["input_ids"].device)
+                    yield to_data_set_bins(bins, observation.task_range, self.config.num_bins)
+                    yielded += 1
+        finally:
+            self._caches.append(cache)
+        for episode, drafter, answer in zip(episodes, drafters, integers, strict=True):
             drafter.remember(answer[: steps * dim], executed=min(steps, self.config.n_action_steps))
+            episode.drafter = drafter
 
-    def session(self, inputs: dict[str, Tensor]) -> engine.Model:
-        """The VLM behind the prompts of `ExampleMaker.acting_inputs`. With compile_model one at a time: they
-        share a cache."""
+    def session(self, inputs: dict[str, Tensor], cache: KVCache | None = None) -> engine.Model:
+        """The VLM behind the prompts of `ExampleMaker.acting_inputs`.
+
+        Args:
+            cache: with compile_model, of an earlier session that has ended; None makes a new one.
+        """
         token_ids = self.grammar.token_ids
-        if not backbone.has_decoding_session(self.model):
-            return RowByRowSession(self.model, inputs, token_ids)
-        compiled = self.config.compile_model
-        if self._prepacked is None and not compiled and can_prepack(self.model):
-            self._prepacked = Prepacked(backbone.language_model(self.model))
-        if self._prefix is None:
+        # In this order: another thread that starts training changes the mode before it drops `_kept`.
+        kept, compiled = self._kept, self.config.compile_model
+        training, has_session = self.model.training, backbone.has_decoding_session(self.model)
+        if kept.model is None:
+            model = acting_model(self.model)
+            if has_session and not training and not compiled and can_prepack(model):
+                prepack(backbone.language_model(model))
+            kept.model = model
+        if not has_session:
+            return RowByRowSession(kept.model, inputs, token_ids)
+        prefix = kept.prefix
+        if prefix is None:
             # The words before the first picture are the same in every prompt.
             is_picture = inputs["input_ids"][0] == self.examples.vlm_processor.image_token_id
-            length = int(is_picture.int().argmax())
-            self._prefix = encode_prefix(self.model, inputs["input_ids"][:1, :length])
+            prefix = encode_prefix(kept.model, inputs["input_ids"][:1, : int(is_picture.int().argmax())])
+            kept.prefix = None if training else prefix
         return DecodingSession(
-            self.model,
+            kept.model,
             inputs,
             token_ids,
             room=self.grammar.max_tokens + LONGEST_DRAFT + 1,
-            prefix=self._prefix,
-            buffers=self._cache if compiled else None,
+            prefix=prefix,
+            buffers=cache if compiled else None,
             compiled=compiled,
-            prepacked=self._prepacked,
         )

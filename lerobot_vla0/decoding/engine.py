@@ -9,6 +9,7 @@ token (Leviathan et al., "Fast Inference from Transformers via Speculative Decod
 from heuristics, not from a draft model). Drafts change the number of passes, never the tokens.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -76,13 +77,13 @@ def decode_stream(
         generator: CPU random generator for sampling; None uses PyTorch's default one.
 
     Raises:
-        ValueError: `count` or `temperature` out of range.
+        ValueError: `count` or `temperature` out of range, or logits from which no symbol can be chosen.
     """
     needed = grammar.count if count is None else count
     if not 1 <= needed <= grammar.count:
         raise ValueError(f"count must be in 1..{grammar.count}, got {needed}.")
-    if temperature < 0:
-        raise ValueError(f"temperature must be at least 0, got {temperature}.")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature must be at least 0 and finite, got {temperature}.")
     result = Decoded([Row(grammar, needed, drafters[i] if drafters else None) for i in range(rows)])
     logits = model.start([row.tokens for row in result.rows])
     while True:
@@ -120,6 +121,9 @@ class Row:
 
         Returns:
             how many of the tokens that were fed are part of the answer.
+
+        Raises:
+            ValueError: an allowed logit that decides is NaN, or the largest is infinite.
         """
         if self.done:
             return 0
@@ -128,12 +132,18 @@ class Row:
             if self.grammar.finished(answer):
                 break
             allowed = self.grammar.allowed(answer)
+            scores = np.where(allowed, logits[place], -np.inf)
+            symbol = int(scores.argmax())  # of the first NaN, if there is one
             # What is predicted after a rejected symbol only serves the next draft.
             verifying = accepted == place
+            if verifying and not math.isfinite(scores[symbol]):
+                raise ValueError(
+                    f"the model's logits of the {allowed.sum()} tokens that may come next are "
+                    f"{logits[place][allowed].tolist()}: no token can be chosen. Its weights or its inputs "
+                    "hold NaN or inf, or dtype=float16 overflows (set dtype=bfloat16)."
+                )
             if verifying and temperature > 0:
-                symbol = _sample(logits[place], allowed, drafted, temperature, generator)
-            else:
-                symbol = int(np.where(allowed, logits[place], -np.inf).argmax())
+                symbol = _sample(scores, drafted, temperature, generator)
             predicted.append(symbol)
             if drafted is not None:
                 accepted += verifying and symbol == drafted
@@ -173,16 +183,14 @@ class Row:
 
 
 def _sample(
-    logits: np.ndarray,
-    allowed: np.ndarray,
-    drafted: int | None,
-    temperature: float,
-    generator: torch.Generator | None,
+    scores: np.ndarray, drafted: int | None, temperature: float, generator: torch.Generator | None
 ) -> int:
-    """One symbol from the softmax over the allowed ones. The drafted symbol is accepted with its probability;
-    otherwise one of the others is drawn in proportion to theirs. Both together are exactly the softmax."""
-    scores = np.where(allowed, logits.astype(np.float64) / temperature, -np.inf)
-    weights = np.exp(scores - scores.max())
+    """One symbol from the softmax of the scores, -inf where a symbol is not allowed. The drafted symbol is
+    accepted with its probability; otherwise one of the others is drawn in proportion to theirs. Both together
+    are exactly the softmax."""
+    # First the difference: a small temperature must not make the largest score infinite.
+    with np.errstate(over="ignore"):
+        weights = np.exp((scores.astype(np.float64) - scores.max()) / temperature)
     weights /= weights.sum()
     if drafted is not None:
         if torch.rand((), generator=generator, dtype=torch.float64).item() < weights[drafted]:

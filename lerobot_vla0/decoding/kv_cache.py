@@ -35,12 +35,15 @@ class KVCache:
     def begin(self, rows: int, size: int, prefix: list[tuple[Tensor, Tensor]] | None) -> None:
         """Empties the cache for `rows` rows of `size` slots and writes `prefix` to the first slots of each.
 
-        Tensors of the right size are kept: compiled graphs rely on their addresses.
+        Tensors of the right size are kept: compiled graphs rely on their addresses. They are set to 0, since
+        attention multiplies what it masks by 0, and a NaN of the last chunk would stay one.
         """
         if (rows, size) != (self.rows, self.size):
             self.layers, self.rows, self.size = [], rows, size
         self.prefix = prefix
         for layer, pair in enumerate(self.layers):
+            for buffer in pair:
+                buffer.zero_()
             self._write_prefix(pair, layer)
 
     def _write_prefix(self, pair: tuple[Tensor, Tensor], layer: int) -> None:
@@ -127,6 +130,7 @@ def forward_with_cache(
     """Runs the language model on new tokens and writes their keys and values to the cache.
 
     Args:
+        language_model: of a `session.acting_model`, whose attention is ATTENTION.
         embeddings: (R, k, hidden), or packed (1, T, hidden).
         positions: (axes, R, k) of rotary embeddings; axes is 3 for multimodal RoPE, else 1.
         slots: (R, k) where the tokens are written; a token attends to the slots up to its own.
@@ -146,16 +150,12 @@ def forward_with_cache(
     mask = mask.masked_fill(~visible, torch.finfo(mask.dtype).min)[:, None]
     config = language_model.config
     mask = mask.expand(-1, config.num_attention_heads // config.num_key_value_heads, -1, -1)
-    chosen, config._attn_implementation = config._attn_implementation, ATTENTION
-    try:
-        return language_model(
-            inputs_embeds=embeddings,
-            position_ids=positions if len(positions) == 3 else positions[0],
-            attention_mask=mask.flatten(1, 2)[:, None],
-            past_key_values=cache,
-            use_cache=True,
-            packed=packed,
-            **extra,
-        ).last_hidden_state
-    finally:
-        config._attn_implementation = chosen
+    return language_model(
+        inputs_embeds=embeddings,
+        position_ids=positions if len(positions) == 3 else positions[0],
+        attention_mask=mask.flatten(1, 2)[:, None],
+        past_key_values=cache,
+        use_cache=True,
+        packed=packed,
+        **extra,
+    ).last_hidden_state

@@ -2,8 +2,6 @@
 Otherwise PyTorch converts a weight at every call, which with few tokens takes as long as the product itself.
 (torch.compile with `freezing` also converts once, but recompiles for every new shape.)"""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -20,30 +18,23 @@ def can_prepack(model: nn.Module) -> bool:
     return mkldnn._is_mkldnn_bf16_supported() and not mkldnn._is_mkldnn_acl_supported()
 
 
-class Prepacked:
-    """Converted copies of a module's linear weights, used inside `with use():`. Results are bit-identical.
+def prepack(module: nn.Module) -> int:
+    """Lets the module compute with converted copies of its linear weights, from now on. Results are
+    bit-identical, without gradients.
 
     Args:
-        module: its weights must not change while this object is in use. The copies need as much memory as the
-            weights.
+        module: of a `session.acting_model`. Its weights must not change afterwards. The copies need as much
+            memory as the weights.
+
+    Returns:
+        How many linear layers it has converted.
     """
-
-    def __init__(self, module: nn.Module) -> None:
-        # Plain layers only: quantised ones are subclasses, and hooks of other libraries replace `forward`.
-        linears = [m for m in module.modules() if type(m) is nn.Linear and "forward" not in vars(m)]
-        pack = torch.ops.mkldnn._reorder_linear_weight
-        self.linears = [(linear, pack(linear.weight.detach())) for linear in linears]
-
-    @contextmanager
-    def use(self) -> Iterator[None]:
-        """Lets the module compute with the copies. No gradients."""
-        for linear, packed in self.linears:
-            linear.forward = partial(_linear, packed, linear.bias)
-        try:
-            yield
-        finally:
-            for linear, _ in self.linears:
-                del linear.forward
+    # Plain layers only: quantised ones are subclasses.
+    linears = [m for m in module.modules() if type(m) is nn.Linear]
+    for linear in linears:
+        packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
+        linear.forward = partial(_linear, packed, linear.bias)
+    return len(linears)
 
 
 def _linear(packed: Tensor, bias: Tensor | None, inputs: Tensor) -> Tensor:

@@ -2,17 +2,23 @@
 (`--policy.server=http://host:port/v1`) that has what `lerobot-vla0 export` wrote: vLLM, SGLang,
 `transformers serve`. Sends pictures and text, and holds no weights.
 
+The server is not trusted: a request has one deadline and an answer a largest size, no redirect is followed,
+and what is no chunk of actions is an error.
+
 Why httpx and a loop: huggingface_hub depends on httpx anyway, while the `openai` client would be a dependency
 more, and translating its exceptions would take more lines than its retries save.
 """
 
+import asyncio
 import base64
+import json
 import logging
 import os
+import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import httpx
 import torch
@@ -26,35 +32,57 @@ from .chunk_decoder import EpisodeState
 
 ATTEMPTS = 3  # at a request, until it is answered
 BACKOFF_S = 0.5  # before the second attempt; doubled before each further one
+STARTUP_S = 300.0  # for which a server that refuses connections is taken to be starting; vLLM needs minutes
+STARTUP_RETRY_S = 1.0
 MAX_CONNECTIONS = 32
+MAX_ANSWER = 2**20  # bytes of an answer; the longest chunk has about 60,000 characters
 API_KEY = "VLA0_SERVER_API_KEY"  # environment variable with the server's key, if it wants one
 BUSY = (408, 409, 429)  # status codes after which another attempt may succeed, as are all from 500
+# Switch off what a served generation_config.json may ask for beside the temperature.
+NEUTRAL = {"repetition_penalty": 1.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0}
+
+
+class Answer(NamedTuple):
+    status: int
+    body: bytes
+
+    @property
+    def shown(self) -> str:
+        """Its beginning, for messages, without control characters."""
+        return repr(self.body[:200].decode(errors="replace"))
 
 
 class ServerDecoder:
     """Asks a server for chunks of actions, one request per row, all rows at once.
 
     Greedy or sampled as `config.temperature` says. The grammar is sent along as a regular expression, in the
-    fields of vLLM (`structured_outputs`, from 0.12) and SGLang (`regex`); a server that refuses such fields
-    is asked without them. In either case the answer is checked. Same methods as `ChunkDecoder`.
+    fields of vLLM (`structured_outputs`, from 0.12) and SGLang (`regex`), and so is NEUTRAL; a server that
+    refuses such fields is asked without them. In either case the answer is checked. Same methods as
+    `ChunkDecoder`.
 
     Args:
         config: with `server`, `server_timeout`, `server_model`.
         examples: of the same config.
+
+    Raises:
+        ValueError: `server` is no URL, or the key has characters that no key has.
     """
 
     def __init__(self, config: VLA0Config, examples: ExampleMaker) -> None:
-        self.config, self.examples, self.url = config, examples, config.server.rstrip("/")
+        self.config, self.examples, self.url = config, examples, _base_url(config.server)
         self.shape = (config.chunk_size, examples.action_dim)
         regex = examples.chat.grammar.regex
-        self.structured = {"structured_outputs": {"regex": regex}, "regex": regex}
-        key = os.environ.get(API_KEY)
-        self.client = httpx.Client(
-            headers={"Authorization": f"Bearer {key}"} if key else {},
-            timeout=config.server_timeout,
-            limits=httpx.Limits(max_connections=MAX_CONNECTIONS),
+        self.optional = {"structured_outputs": {"regex": regex}, "regex": regex, **NEUTRAL}
+        key = os.environ.get(API_KEY, "")
+        if not (key.isascii() and key.isprintable()):
+            raise ValueError(f"{API_KEY} has line breaks or other characters that no key has: set it again.")
+        self.client = httpx.AsyncClient(
+            # Compressed, a small answer may fill the memory.
+            headers={"Accept-Encoding": "identity", **({"Authorization": f"Bearer {key}"} if key else {})},
+            timeout=None,  # `_send` has one for all of a request
+            limits=httpx.Limits(max_keepalive_connections=MAX_CONNECTIONS),
         )
-        self.model = config.server_model
+        self.model, self.waiting = config.server_model, False
 
     def require_weights(self) -> None:
         """Raises ValueError: a policy without weights can be neither trained nor saved."""
@@ -75,31 +103,44 @@ class ServerDecoder:
     ) -> Iterator[Tensor]:
         """Yields the first `steps` timesteps, bins (R, D) as float32, on the observation's device.
 
-        The server is asked for whole chunks when the first timestep is.
+        The server is asked for whole chunks when the first timestep is. An interrupt ends this at once.
 
         Raises:
             ConnectionError: no answer after several attempts, or the server refuses the request.
             ValueError: an answer is no chunk of actions.
         """
-        if self.model is None:
-            self.model = self._only_model()
         instructions = self.examples.instructions(observation)
         for instruction in instructions:
             self.examples.chat.prompt_ids(instruction)  # raises if it is empty or has special tokens
         pictures = self.examples.pictures(observation, None).cpu()
-        with ThreadPoolExecutor(min(len(instructions), MAX_CONNECTIONS)) as pool:
-            chunks = torch.stack(list(pool.map(self._chunk, instructions, pictures)))
+        asked = asyncio.run_coroutine_threadsafe(self._chunks(instructions, pictures), _event_loop())
+        try:
+            chunks = torch.stack(asked.result())
+        finally:
+            asked.cancel()
         chunks = chunks.to(observation.cameras[0].device, torch.float32)  # (R, chunk_size, D)
         for step in range(steps):
             yield to_data_set_bins(chunks[:, step], observation.task_range, self.config.num_bins)
 
-    def _chunk(self, instruction: str, pictures: Tensor) -> Tensor:
+    async def _chunks(self, instructions: list[str], pictures: Tensor) -> list[Tensor]:
+        if self.model is None:
+            self.model = await self._only_model()
+        free = asyncio.Semaphore(MAX_CONNECTIONS)
+        rows = [
+            asyncio.create_task(self._chunk(*row, free)) for row in zip(instructions, pictures, strict=True)
+        ]
+        try:
+            return await asyncio.gather(*rows)
+        finally:
+            for row in rows:
+                row.cancel()
+
+    async def _chunk(self, instruction: str, pictures: Tensor, free: asyncio.Semaphore) -> Tensor:
         """One row: pictures uint8 (N, 3, H, W) → int64 bins (chunk_size, D)."""
         chat = self.examples.chat
         system, user = chat.messages(instruction)
-        images = iter(
-            [{"type": "image_url", "image_url": {"url": _data_url(picture)}} for picture in pictures]
-        )
+        urls = [await asyncio.to_thread(_data_url, picture) for picture in pictures]
+        images = iter([{"type": "image_url", "image_url": {"url": url}} for url in urls])
         content = [next(images) if part["type"] == "image" else part for part in user["content"]]
         request = {
             "model": self.model,
@@ -110,67 +151,156 @@ class ServerDecoder:
             "temperature": self.config.temperature,
             "max_tokens": chat.grammar.max_tokens,
         }
-        structured = self.structured
-        response = self._send("POST", "/chat/completions", request | structured)
-        if structured and response.status_code in (400, 422):
-            response = self._send("POST", "/chat/completions", request)
-            if response.is_success and self.structured:
-                self.structured = {}
-                logging.warning(
-                    f"{self.url} takes no structured output: what it writes is checked, but not constrained."
-                )
-        answer = self._json(response)
+        async with free:
+            optional = self.optional
+            answer = await self._send("POST", "/chat/completions", request | optional)
+            if optional and answer.status in (400, 422):
+                optional = {}
+                answer = await self._send("POST", "/chat/completions", request)
+                if answer.status < 300 and self.optional:
+                    self.optional = {}
+                    logging.warning(
+                        f"server={self.url} takes no structured output: what it writes is checked, but not "
+                        f"constrained. It also refuses {', '.join(NEUTRAL)}: its own settings count."
+                    )
+        read = self._json(answer)
         try:
-            text = answer["choices"][0]["message"]["content"]
+            text = read["choices"][0]["message"]["content"]
+            if not isinstance(text, str):
+                raise TypeError("no text")
+        except (KeyError, IndexError, TypeError) as error:
+            raise ValueError(f"server={self.url}: no chat completion, but {answer.shown}.") from error
+        try:
             return self.examples.codec.from_text(text, self.shape)
-        except (KeyError, IndexError, TypeError, AttributeError) as error:
-            raise ValueError(f"server={self.url}: no chat completion, but {str(answer)[:200]!r}.") from error
         except ValueError as error:
             raise ValueError(
                 f"server={self.url}: the model {self.model!r} wrote no actions: {error}. Does it serve the "
                 "export of this checkpoint (lerobot-vla0 export)?"
+                + (" It was sent the grammar, and may ignore structured output." if optional else "")
             ) from error
 
-    def _only_model(self) -> str:
-        answer = self._json(self._send("GET", "/models"))
-        models = answer.get("data") if isinstance(answer, dict) else None
-        names = [m["id"] for m in models or [] if isinstance(m, dict) and "id" in m]
+    async def _only_model(self) -> str:
+        answer = await self._send("GET", "/models")
+        read = self._json(answer)
+        models = read.get("data") if isinstance(read, dict) else None
+        if not isinstance(models, list):
+            raise ValueError(f"server={self.url}: no list of models, but {answer.shown}.")
+        names = [m["id"] for m in models if isinstance(m, dict) and isinstance(m.get("id"), str)]
         if len(names) != 1:
             raise ValueError(
-                f"server={self.url} names the models {names}, not one. Choose: --policy.server_model=<name>"
+                f"server={self.url} names the models {names[:10]}, not one. Choose: "
+                "--policy.server_model=<name>"
             )
         return names[0]
 
-    def _send(self, method: str, path: str, request: dict[str, Any] | None = None) -> httpx.Response:
+    async def _send(self, method: str, path: str, request: dict[str, Any] | None = None) -> Answer:
         """The server's answer, which may be a refusal; repeats a request that is not answered."""
-        for attempt in range(ATTEMPTS):
-            if attempt:
-                time.sleep(BACKOFF_S * 2 ** (attempt - 1))
+        body = None if request is None else json.dumps(request).encode()
+        began, attempt = time.monotonic(), 0
+        while True:
             try:
-                response = self.client.request(method, self.url + path, json=request)
-            except httpx.TransportError as error:  # connection refused or broken off, timeout
+                async with asyncio.timeout(self.config.server_timeout):
+                    answer = await self._ask(method, path, body)
+                self.waiting = False
+                if answer.status not in BUSY and answer.status < 500:
+                    return answer
+                problem = f"status {answer.status}: {answer.shown}"
+            except TimeoutError:
+                problem = "TimeoutError: the answer was not complete"
+            # Broken off, or no such host; UnicodeError is of names that no host can have.
+            except (httpx.TransportError, UnicodeError) as error:
                 problem = f"{type(error).__name__}: {error}"
-                continue
-            if response.status_code not in BUSY and response.status_code < 500:
-                return response
-            problem = f"status {response.status_code}: {response.text[:200]}"
+                if _is_refused(error) and time.monotonic() - began < STARTUP_S:
+                    if not self.waiting:
+                        self.waiting = True
+                        logging.warning(
+                            f"server={self.url} refuses connections. Is it starting? Trying again for "
+                            f"{STARTUP_S:g} s."
+                        )
+                    await asyncio.sleep(STARTUP_RETRY_S)
+                    continue
+            attempt += 1
+            if attempt == ATTEMPTS:
+                break
+            await asyncio.sleep(BACKOFF_S * 2 ** (attempt - 1))
         raise ConnectionError(
             f"server={self.url}{path} gave no answer in {ATTEMPTS} attempts of at most "
             f"{self.config.server_timeout:g} s ({problem}). Is it running, and is the URL right (it usually "
             "ends in /v1)? For a slow server raise --policy.server_timeout."
         )
 
-    def _json(self, response: httpx.Response) -> Any:
-        if not response.is_success:
+    async def _ask(self, method: str, path: str, body: bytes | None) -> Answer:
+        headers = {"Content-Type": "application/json"}
+        async with self.client.stream(method, self.url + path, content=body, headers=headers) as response:
+            encoding = response.headers.get("Content-Encoding", "identity")
+            if encoding != "identity":
+                raise ValueError(f"server={self.url} compressed its answer ({encoding!r}), unasked.")
+            content = bytearray()
+            async for part in response.aiter_raw():
+                content += part
+                if len(content) > MAX_ANSWER:
+                    raise ValueError(
+                        f"server={self.url}: its answer is larger than {MAX_ANSWER} bytes, and no chunk of "
+                        f"actions is. It begins with {Answer(0, bytes(content[:200])).shown}."
+                    )
+        if response.has_redirect_location:
             raise ConnectionError(
-                f"server={self.url} refused the request with status {response.status_code}: "
-                f"{response.text[:300]}"
-                + (f" (its key: environment variable {API_KEY})" if response.status_code == 401 else "")
+                f"server={self.url} redirects to {response.headers.get('Location')!r}, where pictures and "
+                "key are not sent. If it is the right place, give it as --policy.server."
+            )
+        return Answer(response.status_code, bytes(content))
+
+    def _json(self, answer: Answer) -> Any:
+        if not 200 <= answer.status < 300:
+            hints = {
+                401: f" Its key: environment variable {API_KEY}.",
+                404: f" Is --policy.server_model={self.model} its name for the model, and does the URL end "
+                "in /v1?",
+            }
+            raise ConnectionError(
+                f"server={self.url} refused the request with status {answer.status}: {answer.shown}."
+                + hints.get(answer.status, "")
             )
         try:
-            return response.json()
-        except ValueError as error:
-            raise ValueError(f"server={self.url} answered no JSON: {response.text[:200]!r}.") from error
+            return json.loads(answer.body)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"server={self.url} answered no JSON, but {answer.shown}.") from error
+
+
+@cache
+def _event_loop() -> asyncio.AbstractEventLoop:
+    """Runs in a thread for all decoders. Unlike the calls of a pool of threads, a request in it can be broken
+    off; and whoever acts may be in any thread, also in one with a loop of its own (a notebook). The process
+    does not wait for it when it ends."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="vla0-server", daemon=True).start()
+    return loop
+
+
+os.register_at_fork(after_in_child=_event_loop.cache_clear)  # threads end in a fork
+
+
+def _base_url(server: str) -> str:
+    try:
+        url = httpx.URL(server)
+        if not url.host or (url.port or 1) >= 2**16 or url.query or url.fragment:
+            raise httpx.InvalidURL("it has a host, and may have a port and a path")
+    except (httpx.InvalidURL, UnicodeError) as error:
+        raise ValueError(
+            f"server={server!r} is no URL of a server ({error}). Example: http://localhost:8000/v1"
+        ) from error
+    return server.rstrip("/")
+
+
+def _is_refused(error: BaseException | None) -> bool:
+    """Whether nobody listens at the port, as while a server starts."""
+    while error is not None:
+        if isinstance(error, ConnectionRefusedError):
+            return True
+        if isinstance(error, ExceptionGroup):  # one of each address of the host
+            return any(map(_is_refused, error.exceptions))
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _data_url(picture: Tensor) -> str:

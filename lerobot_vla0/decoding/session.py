@@ -5,9 +5,10 @@
 masks our cache does not have. Both are what `engine.Model` describes; neither knows what is written.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+import copy
+from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,8 +16,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from .. import backbone
-from .kv_cache import KVCache, Packed, forward_with_cache
-from .prepack import Prepacked
+from .kv_cache import ATTENTION, KVCache, Packed, forward_with_cache
 
 # With compile_model, the number of tokens per row is rounded up to one of these, and the cache's size to a
 # multiple of BLOCK, so that a few compiled graphs serve all drafts and prompts.
@@ -25,6 +25,31 @@ BLOCK = 128
 # Compiled graphs that PyTorch keeps, one for each width, cache size and number of rows. Beyond its default of
 # 8 it would fall back to eager execution.
 MAX_GRAPHS = 64
+
+
+def acting_model(model: nn.Module) -> nn.Module:
+    """The VLM once more, for sessions: in evaluation mode, with the attention of our cache, not compiled.
+
+    Its modules are others, so that nothing has to be changed on `model`, which another thread may be
+    training. Weights, buffers and hooks are those of `model`, also later ones.
+    """
+    twins: dict[int, Any] = {}
+
+    def twin_of(module: nn.Module) -> nn.Module:
+        if id(module) not in twins:
+            twins[id(module)] = twin = copy.copy(module)
+            children = {name: child and twin_of(child) for name, child in module._modules.items()}
+            vars(twin).update(_modules=children, training=False)
+            # Accelerate puts functions here that run the module that they were made for.
+            vars(twin).pop("forward", None)
+            if hasattr(module, "config"):
+                twin.config = twins.setdefault(id(module.config), copy.copy(module.config))
+        return twins[id(module)]
+
+    acting = twin_of(model)
+    if backbone.has_decoding_session(model):
+        backbone.language_model(acting).config._attn_implementation = ATTENTION
+    return acting
 
 
 def encode_prefix(model: nn.Module, ids: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -67,14 +92,13 @@ class DecodingSession:
     Only the grammar's rows of the language model's head are computed, 12 instead of 151,936.
 
     Args:
-        model: the VLM.
+        model: from `acting_model`.
         inputs: *right-padded* prompts (R, T) with `attention_mask`, and their pictures.
         token_ids: tokens whose logits are returned.
         room: largest number of tokens that will be fed behind a prompt.
         prefix: from `encode_prefix`, of tokens that all prompts begin with; these are not fed again.
         buffers: a cache whose tensors are used again; None makes a new one.
         compiled: run the passes behind the prompt with torch.compile. All rows then stay to the end.
-        prepacked: weights of the language model in oneDNN's layout, for passes that are not compiled.
     """
 
     def __init__(
@@ -86,10 +110,9 @@ class DecodingSession:
         prefix: list[tuple[Tensor, Tensor]] | None = None,
         buffers: KVCache | None = None,
         compiled: bool = False,
-        prepacked: Prepacked | None = None,
     ) -> None:
         self.model, self.language_model = model, backbone.language_model(model)
-        self.inputs, self.compiled, self.prepacked = inputs, compiled, prepacked
+        self.inputs, self.compiled = inputs, compiled
         self.head = model.lm_head.weight[token_ids]
         self.lengths = inputs["attention_mask"].sum(1)  # (R,) prompt and accepted tokens of each row
         self.skipped = prefix[0][0].shape[2] if prefix else 0
@@ -119,16 +142,15 @@ class DecodingSession:
         embeddings, extra = backbone.embed_prompts(self.model, self.inputs, tokens)
         new = slice(self.skipped, None)
         extra = {key: value[:, new] if isinstance(value, Tensor) else value for key, value in extra.items()}
-        with self._eager():
-            hidden = forward_with_cache(
-                self.language_model,
-                self.cache,
-                embeddings[:, new],
-                all_positions[..., new],
-                slots[:, new],
-                slots.shape[1],
-                **extra,
-            )
+        hidden = forward_with_cache(
+            self.language_model,
+            self.cache,
+            embeddings[:, new],
+            all_positions[..., new],
+            slots[:, new],
+            slots.shape[1],
+            **extra,
+        )
         if self.compiled:
             for buffer in sum(self.cache.layers, ()):
                 torch._dynamo.mark_static_address(buffer)  # CUDA graphs write to it in place
@@ -138,13 +160,6 @@ class DecodingSession:
         )
         places = places.clamp(max=hidden.shape[1] - 1)[..., None].expand(-1, -1, hidden.shape[2])
         return _to_numpy(nn.functional.linear(hidden.gather(1, places), self.head))
-
-    @contextmanager
-    def _eager(self) -> Iterator[None]:
-        """Without torch.compile, which would compile anew for each length, and with prepacked weights."""
-        prepacked = nullcontext() if self.prepacked is None else self.prepacked.use()
-        with torch.compiler.set_stance("force_eager"), prepacked:
-            yield
 
     def extend(self, kept: list[int], tokens: list[list[int]]) -> np.ndarray:
         """Feeds the next tokens of each row; see `engine.Model.extend`.
@@ -183,8 +198,7 @@ class DecodingSession:
             with torch._dynamo.config.patch(recompile_limit=MAX_GRAPHS):
                 logits = _to_numpy(_compiled_step(device.type)(*step, self.cache.size))
         else:
-            with self._eager():
-                logits = _to_numpy(_step(*step, int(slots.max()) + 1))
+            logits = _to_numpy(_step(*step, int(slots.max()) + 1))
         result = np.zeros((len(tokens), width, logits.shape[-1]), dtype=logits.dtype)
         result[rows.cpu().numpy(), columns.cpu().numpy()] = logits
         return result
@@ -196,7 +210,7 @@ class RowByRowSession:
     time.
 
     Args:
-        model: the VLM.
+        model: from `acting_model`.
         inputs: *right-padded* prompts with `attention_mask`, and their pictures.
         token_ids: tokens whose logits are returned.
     """
