@@ -54,7 +54,7 @@ def test_no_ops_are_left_out(libero_dataset):
 
 
 def test_never_overwrites(libero_dataset):
-    with pytest.raises(FileExistsError, match="exists. Choose another folder"):
+    with pytest.raises(FileExistsError, match="exists and is not empty. Choose another"):
         record(RecordConfig(out=libero_dataset))
 
 
