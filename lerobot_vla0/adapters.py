@@ -16,8 +16,9 @@ from safetensors import safe_open
 from torch import nn
 
 from . import backbone
-from .checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Checkpoint, find_checkpoint
+from .checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Checkpoint, find_checkpoint, readable
 from .configuration_vla0 import VLA0Config
+from .files import read_json, reading
 
 
 def import_peft() -> ModuleType:
@@ -104,6 +105,8 @@ def find_source(path: str, config: VLA0Config | None, revision: str | None = Non
     """
     if config is not None and config.use_peft and str(config.pretrained_path) not in (path, "None"):
         adapter = str(config.pretrained_path)
+        # LeRobot loads the adapter's processors afterwards.
+        find_checkpoint(adapter, weights=False, revision=config.pretrained_revision, **hub)
         source = Source(
             _find_base(adapter, path, revision, **hub), config, adapter, config.pretrained_revision
         )
@@ -117,8 +120,9 @@ def find_source(path: str, config: VLA0Config | None, revision: str | None = Non
         config = PreTrainedConfig.from_pretrained(found.folder) if config is None else config
         if found.kind != "adapter":
             return Source(found, config)
-        saved = import_peft().PeftConfig.from_pretrained(found.folder)
-        base = _find_base(path, saved.base_model_name_or_path, saved.revision, **hub)
+        import_peft()
+        saved = read_adapter_config(found.folder / ADAPTER_CONFIG)
+        base = _find_base(path, saved["base_model_name_or_path"], saved.get("revision"), **hub)
         # Merging into 4-bit weights would round what was learnt.
         source = Source(base, replace(config, load_in_4bit=False), str(found.folder), merge=True)
     if config.server is not None:
@@ -127,6 +131,23 @@ def find_source(path: str, config: VLA0Config | None, revision: str | None = Non
             "(lerobot-vla0 merge), and export and serve the result."
         )
     return source
+
+
+def read_adapter_config(file: Path) -> dict[str, Any]:
+    """adapter_config.json of a LoRA adapter. Other kinds of adapters, whose settings name further files and
+    models to load, are refused.
+
+    Raises:
+        ValueError: it is damaged, or of another kind.
+    """
+    saved = read_json(file)
+    if saved.get("peft_type") != "LORA" or saved.get("megatron_config"):
+        kind = saved.get("peft_type")
+        raise ValueError(f"{file}: peft_type is {kind!r}; it must be 'LORA', without megatron_config.")
+    for name in ("base_model_name_or_path", "revision"):
+        if not isinstance(saved.setdefault(name, None), str | None):
+            raise ValueError(f"{file}: {name} is {saved[name]!r}; it must be a text.")
+    return saved
 
 
 def _find_base(adapter: str, base: str, revision: str | None, **hub: Any) -> Checkpoint:
@@ -157,20 +178,24 @@ def check_adapter(policy: nn.Module, adapter: str | Path, base: str | Path, **hu
 
     Raises:
         FileNotFoundError: the adapter's weights are missing.
-        ValueError: a layer of the adapter is missing in the policy or has another size.
+        ValueError: a layer of the adapter is missing in the policy or has another size, its config asks for
+            larger layers than its weights have, or a file is damaged.
     """
-    file = Path(adapter) / ADAPTER_WEIGHTS
-    if not Path(adapter).is_dir():
-        file = Path(hf_hub_download(str(adapter), ADAPTER_WEIGHTS, **hub))
+    file, config_file = (
+        Path(adapter) / name if Path(adapter).is_dir() else Path(hf_hub_download(str(adapter), name, **hub))
+        for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG)
+    )
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing: {adapter} holds no adapter. Copy or download all of it.")
+    config, largest = read_adapter_config(config_file), 0
     modules = dict(policy.named_modules())
-    with safe_open(file, framework="pt") as tensors:
+    with readable(file), safe_open(file, framework="pt") as tensors:
         for name in tensors.keys():  # noqa: SIM118 (not a dict)
             layer, _, part = name.removeprefix("base_model.model.").rpartition(".lora_")
             if part not in ("A.weight", "B.weight"):
                 continue
             shape = tensors.get_slice(name).get_shape()  # (r, in) and (out, r)
+            largest = max(largest, shape[0] if part == "A.weight" else 0)
             axis, size = (1, "in_features") if part == "A.weight" else (0, "out_features")
             expected = getattr(modules.get(layer), size, None)
             if expected != shape[axis]:
@@ -180,3 +205,9 @@ def check_adapter(policy: nn.Module, adapter: str | Path, base: str | Path, **hu
                     f"layer {layer} of {size}={shape[axis]}, which the base {there}. Correct "
                     f"base_model_name_or_path in {ADAPTER_CONFIG}, or put the right model there."
                 )
+    with reading(config_file):
+        rank = max(config["r"], *config.get("rank_pattern", {}).values(), 1)
+        if rank > largest:
+            raise ValueError(
+                f"{config_file} has layers of rank {rank}, and {file.name} of {largest} at most."
+            )

@@ -3,6 +3,8 @@ depends on the VLM's family is in families.py."""
 
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,35 @@ from transformers.utils import cached_file, is_bitsandbytes_available, is_flash_
 
 from .configuration_vla0 import DTYPES, VLA0Config
 from .families import FAMILIES, family
-from .files import reading
+from .files import check_kinds, read_json, reading, weight_files
+
+
+@contextmanager
+def _readable(vlm: str | Path) -> Iterator[None]:
+    """Around what Transformers reads of a VLM's files. Where one is damaged it raises anything, and its
+    tokenizers `Exception` itself."""
+    try:
+        yield
+    except ImportError:
+        raise
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"vlm={str(vlm)!r}: no vision-language model could be read there ({reason}). Give a Hugging Face "
+            "Hub id, or a folder with the model's config.json, weights and processor; code that a model "
+            "brings along is not run."
+        ) from error
+
+
+def load_processor(vlm: str | Path, revision: str | None = None) -> Any:
+    """The VLM's processor at a Hub id or folder.
+
+    Raises:
+        ImportError: it needs a package that is not installed.
+        ValueError: a file of it is missing or damaged.
+    """
+    with _readable(vlm):
+        return AutoProcessor.from_pretrained(vlm, revision=revision, trust_remote_code=False)
 
 
 def read_config(vlm: str | Path, revision: str | None = None) -> Any:
@@ -31,14 +61,10 @@ def read_config(vlm: str | Path, revision: str | None = None) -> Any:
     Raises:
         ValueError: nothing there, or not a supported vision-language model.
     """
-    try:
-        with reading(vlm):
-            config = AutoConfig.from_pretrained(vlm, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"vlm={str(vlm)!r}: no vision-language model could be read there ({str(error).splitlines()[0]}). "
-            "Give a Hugging Face Hub id, or a folder with the model's config.json, weights and processor."
-        ) from error
+    if Path(vlm).is_dir():
+        check_kinds(Path(vlm))
+    with _readable(vlm):
+        config = AutoConfig.from_pretrained(vlm, revision=revision, trust_remote_code=False)
     if config.model_type not in FAMILIES:
         raise ValueError(
             f"vlm={str(vlm)!r} is a {config.model_type!r} model. Supported are vision-language models of "
@@ -80,11 +106,12 @@ def _stores_head(vlm: str | Path, revision: str | None) -> bool:
             continue
         try:
             if name.endswith(".json"):
-                tensors = json.loads(Path(file).read_text())["weight_map"]
+                with reading(file):
+                    tensors = read_json(file)["weight_map"].keys()
             else:
                 with safe_open(file, framework="pt") as stored:
                     tensors = stored.keys()
-        except (SafetensorError, ValueError, KeyError) as error:
+        except SafetensorError as error:
             raise ValueError(f"{file} is truncated or damaged: copy it again ({error}).") from error
         return any(tensor.endswith("lm_head.weight") for tensor in tensors)
     return False
@@ -114,8 +141,12 @@ def load_vlm(
         ImportError: `load_in_4bit` without bitsandbytes.
     """
     config = read_config(vlm, revision)
-    source: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
-    settings = source | {"dtype": DTYPES[dtype], "attn_implementation": _attention(attn_implementation)}
+    if Path(vlm).is_dir():
+        weight_files(Path(vlm))  # refuses names of files elsewhere
+    settings: dict[str, Any] = {
+        "dtype": DTYPES[dtype],
+        "attn_implementation": _attention(attn_implementation),
+    }
     if load_in_4bit:
         if not is_bitsandbytes_available():
             raise ImportError(
@@ -132,8 +163,10 @@ def load_vlm(
             bnb_4bit_compute_dtype=DTYPES[dtype],
             llm_int8_skip_modules=[*kept, "lm_head"],
         )
-    model = AutoModelForImageTextToText.from_pretrained(vlm, config=config, **settings)
-    return model, _read_processor(vlm, revision)
+    model = AutoModelForImageTextToText.from_pretrained(
+        vlm, config=config, revision=revision, trust_remote_code=False, **settings
+    )
+    return model, load_processor(vlm, revision)
 
 
 def build_vlm(folder: Path, *, dtype: str, attn_implementation: str | None) -> tuple[nn.Module, Any]:
@@ -142,28 +175,12 @@ def build_vlm(folder: Path, *, dtype: str, attn_implementation: str | None) -> t
     Random initialisation of the 3B shape would take minutes, and the checkpoint's weights would overwrite it.
     """
     config, attention = read_config(folder), _attention(attn_implementation)
-    with no_init_weights():
+    with _readable(folder), no_init_weights():
         model = AutoModelForImageTextToText.from_config(
             config, dtype=DTYPES[dtype], attn_implementation=attention, trust_remote_code=False
         )
     model.tie_weights()
-    return model.eval(), _read_processor(folder)
-
-
-def _read_processor(vlm: str | Path, revision: str | None = None) -> Any:
-    """The processor at a Hub id or folder.
-
-    Raises:
-        ValueError: it is not there or damaged.
-    """
-    try:
-        with reading(vlm):
-            return AutoProcessor.from_pretrained(vlm, revision=revision, trust_remote_code=False)
-    except ValueError as error:
-        raise ValueError(
-            f"{vlm}: the tokenizer or image processor could not be read ({str(error).splitlines()[0]}). Copy "
-            "or download it again."
-        ) from error
+    return model.eval(), load_processor(folder)
 
 
 def make_vlm(config: VLA0Config, folder: Path | None) -> tuple[nn.Module, Any]:

@@ -6,7 +6,7 @@ training with PEFT, adapter_model.safetensors and adapter_config.json take the p
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,12 +22,30 @@ from lerobot.utils.constants import (
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .files import not_found, read_json, reading
+from .files import check_kinds, file_inside, not_found, read_json, reading
 from .task_stats import STATISTICS, check_action_statistics, check_state_statistics
 
 VLM_FOLDER = "vlm"  # config, tokenizer and image processor of the VLM
 WEIGHTS = "model.safetensors"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# The steps of the two processors by their names in LeRobot's registry, with the settings that are saved. One
+# can be of this package, which is named by its class.
+_NORMALIZER = {"eps", "features", "norm_map", "normalize_observation_keys"}
+STEPS: dict[str, dict[str, set[str]]] = {
+    f"{POLICY_PREPROCESSOR_DEFAULT_NAME}.json": {
+        "rename_observations_processor": {"rename_map"},
+        "to_batch_processor": set(),
+        "device_processor": {"device", "float_dtype"},
+        "normalizer_processor": _NORMALIZER,
+        "vla0_action_encoder_processor": {"num_bins"},
+    },
+    f"{POLICY_POSTPROCESSOR_DEFAULT_NAME}.json": {
+        "vla0_action_decoder_processor": {"num_bins"},
+        "unnormalizer_processor": _NORMALIZER,
+        "device_processor": {"device", "float_dtype"},
+    },
+}
+OWN_NORMALIZER = f"{__package__}.task_stats.normalizer_processor"
 # LeRobot's normaliser takes it for the range of a dimension that is constant.
 MAX_EPS = 1e-3
 # Arguments of `from_pretrained` that are handed to the Hub's client.
@@ -68,8 +86,10 @@ def find_config(path: str | Path, **hub: Any) -> Path:
 
     Raises:
         FileNotFoundError: `path` is no folder, and no repo that can be read.
+        ValueError: it is a folder that holds a pipe or a device.
     """
     if Path(path).is_dir():
+        check_kinds(Path(path))
         return Path(path) / "config.json"
     try:
         return Path(hf_hub_download(str(path), "config.json", **hub))
@@ -78,7 +98,8 @@ def find_config(path: str | Path, **hub: Any) -> Path:
 
 
 def find_checkpoint(path: str | Path, *, weights: bool = True, **hub: Any) -> Checkpoint:
-    """Finds out what a folder or Hub repo holds, and downloads a policy's or adapter's files.
+    """Finds out what a folder or Hub repo holds, and downloads a policy's or adapter's files. Its processors
+    are checked by `admit_processors`.
 
     Args:
         weights: download the weights, too; otherwise, of the tensors, only the processors' statistics.
@@ -86,17 +107,67 @@ def find_checkpoint(path: str | Path, *, weights: bool = True, **hub: Any) -> Ch
 
     Raises:
         FileNotFoundError: it is no folder, and no repo that can be read.
+        ValueError: a file is damaged, or its processors have a step that is not admitted.
     """
     local, file = Path(path).is_dir(), find_config(path, **hub)
     kind, folder = "policy", file.parent
-    if file.is_file() and "model_type" in read_json(file):
+    saved = read_json(file) if file.is_file() else {}
+    if "model_type" in saved and "type" not in saved:
         kind = "vlm"
     elif not local:
         tensors = "*.safetensors" if weights else "policy_*.safetensors"
         folder = Path(snapshot_download(str(path), allow_patterns=["*.json", tensors], **hub))
+        if hub.get("revision") is not None:
+            # lerobot-eval 0.6.1 takes the processors of the newest commit, whatever revision it is given.
+            for name in STEPS:
+                with suppress(OSError):  # not there, or no network: LeRobot cannot read it either
+                    admit_processors(
+                        Path(hf_hub_download(str(path), name, **{**hub, "revision": None})).parent
+                    )
+    admit_processors(folder)
     if kind == "policy" and (folder / ADAPTER_CONFIG).is_file():
         kind = "adapter"
     return Checkpoint(kind, str(path), hub.get("revision"), folder)
+
+
+def admit_processors(folder: Path) -> None:
+    """Refuses processors with other steps or settings than this package saves: LeRobot imports any class that
+    a step names, and calls it; some steps of its own registry load code or files. LeRobot's scripts load the
+    policy first, and so come here before.
+
+    Raises:
+        ValueError: names the file and the step.
+    """
+    for name, expected in STEPS.items():
+        file = folder / name
+        if not file.is_file():
+            continue
+        with reading(file):
+            steps = read_json(file)["steps"]
+            found = [_step_name(step) for step in steps]
+            if found != list(expected):
+                raise ValueError(
+                    f"{file} has the steps {found}, which could run code of whoever wrote it. It was not "
+                    f"loaded: a processor of this package has {list(expected)}."
+                )
+            for step, settings in zip(steps, expected.values(), strict=True):
+                # `stats`, for example, would take the place of the statistics that are checked.
+                unknown = sorted(step["config"].keys() - settings)
+                if unknown or not step.keys() <= {"registry_name", "class", "config", "state_file"}:
+                    raise ValueError(
+                        f"{file}: the step {_step_name(step)!r} has settings that this package "
+                        f"does not save ({', '.join(unknown or step)}). It was not loaded."
+                    )
+                if step.get("state_file") is not None:
+                    file_inside(folder, step["state_file"], file)
+
+
+def _step_name(step: dict[str, Any]) -> str:
+    """The name under which LeRobot finds a step: it takes `registry_name` if that is there."""
+    if "registry_name" in step and "class" not in step:
+        return step["registry_name"]
+    named = " and ".join(str(step[key]) for key in ("registry_name", "class") if key in step)
+    return "normalizer_processor" if named == OWN_NORMALIZER else named
 
 
 def check_checkpoint(
@@ -154,16 +225,14 @@ def check_checkpoint(
         return
     actions = _statistics(postprocessor)
     check_action_statistics(saved, actions, str(postprocessor))
-    with reading(postprocessor):
-        _check_settings(saved, postprocessor)
+    _check_settings(saved, postprocessor)
     preprocessor = folder / f"{POLICY_PREPROCESSOR_DEFAULT_NAME}.json"
     if not preprocessor.is_file():
         return
     stats = _statistics(preprocessor)
     check_state_statistics(saved, stats, str(preprocessor))
     check_action_statistics(saved, stats, str(preprocessor))
-    with reading(preprocessor):
-        _check_settings(saved, preprocessor)
+    _check_settings(saved, preprocessor)
     for name in STATISTICS[saved.normalization_mapping["ACTION"]]:
         if not torch.equal(stats[ACTION][name], actions[ACTION][name]):
             raise ValueError(
@@ -176,23 +245,26 @@ def _check_settings(config: PreTrainedConfig, processor: Path) -> None:
     """Raises ValueError if a saved processor counts on other bins or another normalisation than the config,
     so that integers would mean other actions; or moves dimensions that were constant in training."""
     expected = {kind: config.normalization_mapping[kind].value for kind in ("ACTION", "STATE")}
-    for step in read_json(processor)["steps"]:
-        name, settings = step.get("registry_name") or step.get("class", ""), step.get("config", {})
-        differing = {}
-        if name.startswith("vla0_action_"):
-            differing = {"num_bins": (settings.get("num_bins", 1000), config.num_bins)}
-        elif name.endswith("normalizer_processor"):
-            norm_map = settings.get("norm_map", {})
-            differing = {f"norm_map[{kind!r}]": (norm_map.get(kind), mode) for kind, mode in expected.items()}
-            eps = settings.get("eps", 0.0)
-            if not isinstance(eps, int | float) or not 0 <= eps <= MAX_EPS:
-                raise ValueError(f"{processor}: eps={eps!r} of {name!r} must be in [0, {MAX_EPS:g}].")
-        for field, (found, wanted) in differing.items():
-            if found != wanted:
-                raise ValueError(
-                    f"{processor}: {field}={found!r} of {name!r} differs from the {wanted!r} of config.json. "
-                    "Copy or download the whole checkpoint."
-                )
+    with reading(processor):
+        for step in read_json(processor)["steps"]:
+            name, settings = step.get("registry_name") or step.get("class", ""), step.get("config", {})
+            differing = {}
+            if name.startswith("vla0_action_"):
+                differing = {"num_bins": (settings.get("num_bins", 1000), config.num_bins)}
+            elif name.endswith("normalizer_processor"):
+                norm_map = settings.get("norm_map", {})
+                differing = {
+                    f"norm_map[{kind!r}]": (norm_map.get(kind), mode) for kind, mode in expected.items()
+                }
+                eps = settings.get("eps", 0.0)
+                if not isinstance(eps, int | float) or not 0 <= eps <= MAX_EPS:
+                    raise ValueError(f"{processor}: eps={eps!r} of {name!r} must be in [0, {MAX_EPS:g}].")
+            for field, (found, wanted) in differing.items():
+                if found != wanted:
+                    raise ValueError(
+                        f"{processor}: {field}={found!r} of {name!r} differs from the {wanted!r} of "
+                        "config.json. Copy or download the whole checkpoint."
+                    )
 
 
 def _statistics(processor: Path) -> dict[str, dict[str, Tensor]]:
@@ -212,8 +284,7 @@ def _statistics(processor: Path) -> dict[str, dict[str, Tensor]]:
                 f"{folder / state_file} is missing: it holds the statistics that turn integers into robot "
                 "commands. Copy or download the whole checkpoint."
             )
-        file = folder / state_file
-        with readable(file), safe_open(file, framework="pt") as state:
+        with readable(folder / state_file), safe_open(folder / state_file, framework="pt") as state:
             for key in state.keys():  # noqa: SIM118 (not a dict)
                 feature, _, statistic = key.rpartition(".")
                 stats.setdefault(feature, {})[statistic] = state.get_tensor(key)

@@ -182,3 +182,48 @@ def not_found(name: str | Path, error: Exception) -> str:
     elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(name)):  # a path, not owner/name
         reason = "there is no such folder"
     return f"{str(name)!r} is neither a folder nor a Hub repo that can be read ({reason})."
+
+
+def check_kinds(folder: Path) -> None:
+    """Refuses anything but files and folders in a folder and in the folders in it: reading a pipe would wait
+    for ever, and a device may have no end.
+
+    Raises:
+        ValueError: names it.
+    """
+    for path in (*folder.glob("*"), *folder.glob("*/*")):
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise ValueError(f"{path} is a pipe, a socket or a device: it must be a file. Remove it.")
+
+
+def file_inside(folder: Path, name: Any, source: Path) -> Path:
+    """The file of a folder that another file of it (`source`) names.
+
+    Raises:
+        ValueError: it is no name, or leads out of the folder. In the Hub's cache a file may be a link to the
+            folder `blobs`, where the content of a repo's files is.
+    """
+    within = [folder.resolve()]
+    within += [parent.parent / "blobs" for parent in within[0].parents if parent.name == "snapshots"]
+    plain = isinstance(name, str) and len(name) < 250 and re.fullmatch(r"[\w.-]+(/[\w.-]+)*", name)
+    path = Path(os.path.realpath(folder / name)) if plain and ".." not in name.split("/") else None
+    if path is None or not any(path.is_relative_to(place) for place in within):
+        raise ValueError(
+            f"{source} names {str(name)[:250]!r}, which is no file in {folder}. The folder was not made by "
+            "this package or Transformers, or its files were moved: copy all of it again."
+        )
+    return folder / name
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors of a model, whether they are there or not: those of its index, or the only one.
+
+    Raises:
+        ValueError: the index is damaged, or names files elsewhere.
+    """
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return [folder / "model.safetensors"]
+    with reading(index):
+        names = set(read_json(index)["weight_map"].values())
+    return [file_inside(folder, name, index) for name in sorted(names, key=str)]

@@ -14,7 +14,6 @@ from huggingface_hub import ModelCard
 from lerobot.configs import PreTrainedConfig
 from lerobot.policies.pretrained import PreTrainedPolicy
 from torch import Tensor, nn
-from transformers import AutoProcessor
 
 from . import adapters, backbone
 from .checkpoint import HUB_OPTIONS, VLM_FOLDER, Checkpoint, check_checkpoint, readable
@@ -72,7 +71,7 @@ class VLA0Policy(PreTrainedPolicy):
                 "that the server has: give it with --policy.path, or leave server out."
             )
         else:
-            self.vlm_processor = AutoProcessor.from_pretrained(vlm_folder, trust_remote_code=False)
+            self.vlm_processor = backbone.load_processor(vlm_folder)
             self.examples = ExampleMaker(config, self.vlm_processor)
             self.decoder = ServerDecoder(config, self.examples)
             # LeRobot counts a policy's parameters and asks them for the device.

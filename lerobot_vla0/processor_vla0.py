@@ -89,13 +89,21 @@ def load_processors(
     PolicyProcessorPipeline[PolicyAction, PolicyAction],
 ]:
     """Pre- and post-processor of a checkpoint, on `config.device`. Earlier versions of this package saved
-    preprocessors that normalise all features; here, as in new checkpoints, only those are that are used."""
-    from lerobot.policies.factory import make_pre_post_processors  # imports this module
+    preprocessors that normalise all features; here, as in new checkpoints, only those are that are used.
+
+    Raises:
+        FileNotFoundError: they are not there.
+        ValueError: they are refused by `checkpoint.admit_processors`.
+    """
+    # Imported here: these import this module.
+    from lerobot.policies.factory import make_pre_post_processors
+
+    from .checkpoint import find_checkpoint
 
     return make_pre_post_processors(
         config,
-        pretrained_path=str(path),
-        pretrained_revision=revision,
+        # The folder, so that what is loaded is what was checked.
+        pretrained_path=str(find_checkpoint(path, weights=False, revision=revision).folder),
         preprocessor_overrides={
             "device_processor": {"device": str(config.device)},
             "normalizer_processor": {"features": used_features(config)},

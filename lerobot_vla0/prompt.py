@@ -4,6 +4,10 @@ augmentation.
 Knows text and tokens. Actions come in as integer bins; the model is not needed here.
 """
 
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import torch
@@ -22,6 +26,35 @@ SYSTEM_PROMPT = (
 IGNORE = -100  # label that Transformers' and PyTorch's cross-entropy leave out
 MASK_CHARACTER = "?"
 MAX_CACHED_PROMPTS = 1024
+MAX_TEMPLATE_STEPS = 100_000  # Qwen's template takes some hundred
+
+
+@contextmanager
+def _bounded_template() -> Iterator[None]:
+    """Around a chat template, a program that came with the VLM. Jinja keeps it from files and from Python's
+    objects, but not from looping for ever.
+
+    Raises:
+        ValueError: it runs through more than MAX_TEMPLATE_STEPS of its lines, or fails.
+    """
+    steps, before = 0, sys.gettrace()
+
+    def count(frame: FrameType, event: str, argument: Any) -> Callable[..., Any] | None:
+        nonlocal steps
+        if frame.f_code.co_filename != "<template>":  # Jinja's name for what it makes of the template
+            return None
+        steps += 1
+        if steps > MAX_TEMPLATE_STEPS:
+            raise ValueError(f"it runs through more than {MAX_TEMPLATE_STEPS} lines for one prompt")
+        return count
+
+    sys.settrace(count)
+    try:
+        yield
+    except Exception as error:  # of any type, like those of other programs
+        raise ValueError(f"vlm: its chat template fails ({type(error).__name__}: {error}).") from error
+    finally:
+        sys.settrace(before)
 
 
 class ChatFormatter:
@@ -99,9 +132,10 @@ class ChatFormatter:
         # Only Qwen's templates know the variable; Transformers warns if another is given it.
         template = str(self.processor.chat_template)
         vision_id = {"add_vision_id": self.add_vision_id} if "add_vision_id" in template else {}
-        return self.processor.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt, **vision_id
-        )
+        with _bounded_template():
+            return self.processor.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt, **vision_id
+            )
 
     def _tokenize(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_batch, make_config
+from lerobot.configs import PreTrainedConfig
 
 from lerobot_vla0 import backbone
 from lerobot_vla0.cli import main
@@ -39,7 +40,6 @@ def save(policy, processors, folder: Path) -> Path:
 
 def load(folder: Path):
     """As LeRobot's `make_policy` does with PEFT."""
-    from lerobot.configs import PreTrainedConfig
     from peft import PeftConfig, PeftModel
 
     config = PreTrainedConfig.from_pretrained(folder)
@@ -117,6 +117,34 @@ def test_base_is_gone(adapter, tmp_path):
     settings["base_model_name_or_path"] = str(tmp_path / "elsewhere")
     (adapter / "adapter_config.json").write_text(json.dumps(settings))
     assert VLA0Policy.from_pretrained(adapter).config.vlm == str(tmp_path / "elsewhere")
+
+
+def test_config_of_a_stranger(adapter):
+    """LeRobot puts an adapter on after this package has loaded its base."""
+    file = adapter / "adapter_config.json"
+    good = json.loads(file.read_text())
+    for changes, message in (
+        ({"peft_type": "PROMPT_TUNING"}, "peft_type is 'PROMPT_TUNING'; it must be 'LORA'"),
+        ({"peft_type": "XLORA"}, "peft_type is 'XLORA'"),
+        ({"peft_type": None}, "peft_type is None"),
+        ({"megatron_config": {"a": 1}, "megatron_core": "os"}, "without megatron_config"),
+        ({"r": 10**6}, "has layers of rank 1000000, and adapter_model.safetensors of 4 at most"),
+        ({"rank_pattern": {"q_proj": 10**6}}, "has layers of rank 1000000"),
+        ({"r": "4"}, "is damaged"),
+        ({"rank_pattern": 3}, "is damaged"),
+        ({"base_model_name_or_path": [1]}, "base_model_name_or_path is "),
+        ({"revision": 3}, "revision is 3"),
+    ):
+        file.write_text(json.dumps(good | changes))
+        config = PreTrainedConfig.from_pretrained(adapter)
+        config.pretrained_path = adapter
+        loads = [lambda: VLA0Policy.from_pretrained(adapter)]
+        if "base" not in message:
+            base = good["base_model_name_or_path"]
+            loads.append(lambda c=config, b=base: VLA0Policy.from_pretrained(b, config=c))
+        for load_it in loads:
+            with pytest.raises(ValueError, match=f"{file}.*{message}"):
+                load_it()
 
 
 def test_head_is_refused(tiny_vlm):

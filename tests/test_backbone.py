@@ -1,6 +1,8 @@
+import ast
 import json
 import shutil
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -138,3 +140,69 @@ def test_head_of_truncated_weights(tiny_vlm, tmp_path):
     (folder / "model.safetensors").write_bytes(b"short")
     with pytest.raises(ValueError, match="model.safetensors is truncated or damaged: copy it again"):
         backbone.read_config(folder)
+
+
+# What names a class of the checkpoint's own code, by file.
+NAMES = {
+    "config.json": ("model_type",),
+    "tokenizer_config.json": ("tokenizer_class", "processor_class"),
+    "processor_config.json": ("processor_class",),
+    "preprocessor_config.json": ("image_processor_type", "processor_class", "feature_extractor_type"),
+    "video_preprocessor_config.json": ("video_processor_type", "processor_class"),
+    "generation_config.json": ("custom_generate",),
+}
+
+
+@pytest.mark.parametrize("with_name", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_code_of_a_model_is_neither_run_nor_asked_for(name, with_name, tiny_vlm, tmp_path, monkeypatch):
+    """`auto_map` everywhere in a file, and a y on standard input, which Transformers may ask for."""
+    folder, called = shutil.copytree(tiny_vlm, tmp_path / "vlm"), tmp_path / "called"
+    (folder / "evil.py").write_text(f"open({str(called)!r}, 'w')\n")
+    (folder / "custom_generate").mkdir()
+    (folder / "custom_generate/generate.py").write_text(f"open({str(called)!r}, 'w')\n")
+    saved = json.loads((folder / name).read_text()) if (folder / name).is_file() else {}
+    autos = "AutoConfig AutoModelForImageTextToText AutoProcessor AutoImageProcessor AutoVideoProcessor"
+    auto_map = dict.fromkeys(autos.split(" "), "evil.Evil") | {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}
+    changes = {"auto_map": auto_map}
+    changes |= dict.fromkeys(NAMES[name], "Evil") if with_name else {}
+    saved |= changes
+    for part in saved.values():
+        if isinstance(part, dict) and part is not saved["auto_map"]:
+            part |= changes
+    (folder / name).write_text(json.dumps(saved))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    for load in (
+        lambda: backbone.load_vlm(folder, revision=None, dtype="float32", attn_implementation=None),
+        lambda: backbone.build_vlm(folder, dtype="float32", attn_implementation=None),
+        lambda: backbone.load_processor(folder),
+    ):
+        try:
+            load()
+        except ValueError as error:
+            assert f"vlm='{folder}'" in str(error)
+    assert not called.exists()
+
+
+def test_every_call_says_that_code_is_not_trusted():
+    """Transformers asks at the terminal where it is not said."""
+    calls = []
+    for file in Path(backbone.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+                continue
+            owner = ast.unparse(node.func.value)
+            if owner.startswith("Auto") and node.func.attr in ("from_pretrained", "from_config"):
+                said = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+                calls.append((file.name, node.lineno, said.get("trust_remote_code")))
+    assert len(calls) >= 5 and {said for *_, said in calls} == {"False"}, calls
+
+
+def test_shards_of_a_vlm_elsewhere(tiny_vlm, tmp_path):
+    folder = shutil.copytree(tiny_vlm, tmp_path / "vlm")
+    (folder / "model.safetensors").rename(tmp_path / "elsewhere.safetensors")
+    weights = load_file(tmp_path / "elsewhere.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(weights, "../elsewhere.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"names '\.\./elsewhere.safetensors', which is no file in"):
+        backbone.load_vlm(folder, revision=None, dtype="float32", attn_implementation=None)

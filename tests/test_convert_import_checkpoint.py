@@ -21,6 +21,7 @@ from transformers.image_processing_utils import BatchFeature
 from lerobot_vla0.cli import main
 from lerobot_vla0.convert import export as export_module
 from lerobot_vla0.convert import import_checkpoint as module
+from lerobot_vla0.convert import weights
 from lerobot_vla0.demo.tiny_vlm import make_config as make_vlm_config
 from lerobot_vla0.modeling_vla0 import VLA0Policy
 from lerobot_vla0.processor_vla0 import make_vla0_pre_post_processors
@@ -580,18 +581,7 @@ def test_import_undoes_export_of_shards_and_statistics_by_task(learnt, tmp_path,
     ("change", "options", "message"),
     [
         (lambda spec: spec.update(spec_version=2), (), "spec_version 2, this package reads up to 1"),
-        (
-            lambda spec: spec.pop("checkpoint"),
-            (),
-            "action_spec.json is damaged: the field 'checkpoint' is missing",
-        ),
-        (
-            lambda spec: spec["checkpoint"]["files"].update({"../x.json": {}}),
-            (),
-            "x.json', which is no",
-        ),
-        (lambda spec: spec["checkpoint"]["files"].update({"run.py": {}}), (), "'run.py', which is no"),
-        (lambda spec: spec["checkpoint"]["state"].update({"../x": {}}), (), r"'\.\./x', which is no"),
+        (lambda spec: spec.pop("checkpoint"), (), "action_spec.json is damaged: the field 'checkpoint'"),
         (lambda spec: None, ("--chunk_size=8",), "--chunk_size does not apply here"),
         (lambda spec: None, ("--cameras=[a]",), "--cameras does not apply here"),
     ],
@@ -604,3 +594,92 @@ def test_user_errors_with_what_was_exported(change, options, message, learnt, tm
     with pytest.raises(SystemExit, match=message):
         run_import(plain, tmp_path / "back", *options)
     assert [p.name for p in tmp_path.iterdir()] == ["plain"]
+
+
+@pytest.mark.parametrize(
+    ("files", "state", "named"),
+    [
+        *[
+            ({name: {}}, {}, name)
+            for name in (
+                "../x.json", "/x.json", "..", ".", "", "run.py", "vlm/../../x.json", "vlm/x/y.json",
+                "o/x.json", ".json", "vlm/.json", "x.json/", "a\0.json", "a\n.json", "..\\x.json", "ü.json",
+                "x" * 300 + ".json",
+            )
+        ],
+        *[
+            ({}, {name: {}}, name)
+            for name in ("../x", "..", ".", "", "/x", "policy_", "model.safetensors", "policy_a/b")
+        ],
+        *[
+            ({}, {"policy_x.safetensors": {"a": {"dtype": dtype, "values": [1]}}}, dtype)
+            for dtype in ("load", "__doc__", "float8", "complex64", "")
+        ],
+        ({}, {"policy_x.safetensors": {"a": {"dtype": "float32"}}}, "values"),
+        ({}, {"policy_x.safetensors": {"a": {"dtype": 3, "values": [1]}}}, "wrong type"),
+        ({}, {"policy_x.safetensors": [1]}, "wrong type"),
+        ([], {}, "wrong type"),
+    ],
+)  # fmt: skip
+def test_names_in_an_export(files, state, named, tmp_path):
+    (tmp_path / "plain").mkdir()
+    spec = {"spec_version": 1, "checkpoint": {"files": files, "state": state}}
+    (tmp_path / "plain/action_spec.json").write_text(json.dumps(spec))
+    with pytest.raises(SystemExit) as stop:
+        main(["import", f"--from={tmp_path}/plain", f"--out={tmp_path}/deep/back"])
+    message = str(stop.value)
+    assert "action_spec.json" in message and repr(named)[1:-1][:190] in message
+    assert sorted(p.name for p in tmp_path.rglob("*")) in (
+        ["action_spec.json", "plain"],
+        ["action_spec.json", "deep", "plain"],
+    )
+
+
+@pytest.mark.parametrize(
+    "name", ["../m.safetensors", "ABSOLUTE", "link.safetensors", "folder/m.safetensors", "..", "", 3, None]
+)
+def test_shards_elsewhere(name, tmp_path):
+    """A file that is there and whole, but not in the folder of the index."""
+    save_file({"a": torch.zeros(1)}, tmp_path / "m.safetensors")
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "link.safetensors").symlink_to(tmp_path / "m.safetensors")
+    (folder / "folder").symlink_to(tmp_path)
+    name = str(tmp_path / "m.safetensors") if name == "ABSOLUTE" else name
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(ValueError, match="model.safetensors.index.json names .*which is no file in"):
+        weights._stored_types(folder)
+
+
+def test_shards_in_the_hubs_cache(tmp_path):
+    """There, all files are links."""
+    folder, blobs = tmp_path / "models--a--b/snapshots/1234", tmp_path / "models--a--b/blobs"
+    for path in (folder, blobs):
+        path.mkdir(parents=True)
+    save_file({"a": torch.zeros(1)}, blobs / "m")
+    (folder / "m.safetensors").symlink_to("../../blobs/m")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "m.safetensors"}}))
+    assert weights._stored_types(folder) == {"a": "F32"}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"", b"\x08", b"\xff" * 8, (2**40).to_bytes(8, "little") + b"{}", (2).to_bytes(8, "little") + b"[]",
+        *[
+            len(header).to_bytes(8, "little") + header + bytes(16)
+            for header in (
+                b'{"a":{"dtype":"F32","shape":[1000000000000],"data_offsets":[0,4000000000000]}}',
+                b'{"a":{"dtype":"F32","shape":[1000000000000],"data_offsets":[0,16]}}',
+                b'{"a":{"dtype":"F32","shape":[4294967296,4294967296],"data_offsets":[0,16]}}',
+                b'{"a":{"dtype":"F32","shape":[4],"data_offsets":[16,32]}}',
+                b'{"a":{"dtype":"F32","shape":[-4],"data_offsets":[0,16]}}',
+                b'{"a":{"dtype":"X","shape":[4],"data_offsets":[0,16]}}',
+            )
+        ],
+    ],
+)  # fmt: skip
+def test_headers_that_promise_more_than_the_file_holds(content, tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match=f"{tmp_path}/model.safetensors is truncated or no safetensors"):
+        weights._stored_types(tmp_path)

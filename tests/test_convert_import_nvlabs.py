@@ -162,3 +162,41 @@ def test_delta_actions_are_refused(read, tmp_path):
 def test_refused_by_name(options, qwen, message, read):
     with pytest.raises(ValueError, match=message):
         read(OPTIONS + options, **qwen)
+
+
+BOMB = "a: &a {x: 1}\n" + "".join(
+    f"{c}: &{c} {{{', '.join(f'k{i}: *{p}' for i in range(9))}}}\n"
+    for p, c in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        BOMB,
+        "x: &x {y: *x}",
+        "{a: " * 3000,
+        "\x00",
+        "[]",
+        "3",
+        "x: '" + "(" * 500 + "'",
+        "!!python/name:os.system",
+    ],
+)
+@pytest.mark.parametrize("which", ["config", "data"])
+def test_yaml_of_a_stranger(which, content, read, tmp_path):
+    if which == "data":
+        write_yaml(tmp_path, {}).write_text(content)
+        with pytest.raises(ValueError, match=r"img_mine.yaml is damaged|config.yaml: x is"):
+            read(path=OWN)
+    else:
+        (tmp_path / "config.yaml").write_text(content)
+        with pytest.raises(ValueError, match="config.yaml is no config of NVlabs"):
+            nvlabs_settings(tmp_path / "config.yaml", PeerOptions(), "4.57.3")
+
+
+@pytest.mark.parametrize("path", ["../img_mine.yaml", "ABSOLUTE"])
+def test_data_yaml_elsewhere_is_not_read(path, read, tmp_path):
+    file = write_yaml(tmp_path / "runs", {}, "img_mine.yaml")
+    with pytest.raises(ValueError, match="which is not at hand"):
+        read(path=str(file) if path == "ABSOLUTE" else path)

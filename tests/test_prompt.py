@@ -1,3 +1,6 @@
+import copy
+import sys
+
 import pytest
 import torch
 
@@ -151,3 +154,37 @@ def test_tokenizer_that_merges_digits():
 def test_prompts_are_cached(tiny_processor):
     chat = make_chat(tiny_processor)
     assert chat.prompt_ids("open the drawer") is chat.prompt_ids("open the drawer")
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% for a in range(999) %}{% for b in range(999) %}{% endfor %}{% endfor %}", "more than 100000"),
+        (
+            "{% for m in messages recursive %}{{ loop(messages) }}{{ loop(messages) }}{% endfor %}",
+            "RecursionError|more than",
+        ),
+        ("{% macro f(n) %}{{ f(n) }}{{ f(n) }}{% endmacro %}{{ f(1) }}", "RecursionError|more than"),
+        ("{{ 1 // 0 }}", "ZeroDivisionError"),
+        ("{{ messages.__class__.__mro__ }}", "SecurityError"),
+        ("{% for x in %}", "TemplateSyntaxError"),
+        ("{% include '/etc/passwd' %}", "TypeError|no loader"),
+        ("{{ raise_exception('no') }}", "TemplateError: no"),
+    ],
+)  # fmt: skip
+def test_chat_template_of_a_stranger(template, message, tiny_processor):
+    processor, before = copy.copy(tiny_processor), sys.gettrace()
+    processor.chat_template = template
+    with pytest.raises(ValueError, match=f"vlm: its chat template fails .*({message})"):
+        make_chat(processor)
+    assert sys.gettrace() is before
+
+
+def test_chat_template_that_is_slow_for_some_instructions(tiny_processor):
+    processor = copy.copy(tiny_processor)
+    loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    processor.chat_template += "{% if 'now' in messages[1].content[-1].text %}" + loop + "{% endif %}"
+    chat = make_chat(processor)
+    assert chat.prompt_ids("open the drawer") == make_chat(tiny_processor).prompt_ids("open the drawer")
+    with pytest.raises(ValueError, match="vlm: its chat template fails .*more than 100000 lines"):
+        chat.prompt_ids("open the drawer now")

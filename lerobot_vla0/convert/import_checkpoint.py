@@ -3,8 +3,9 @@
 
 import argparse
 import json
+import re
 import shutil
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ import yaml
 from lerobot.configs import PreTrainedConfig
 from safetensors.torch import save_file
 
-from ..checkpoint import VLM_FOLDER, WEIGHTS, check_checkpoint
+from ..checkpoint import VLM_FOLDER, WEIGHTS, admit_processors, check_checkpoint
 from ..files import new_folder, read_json, reading
 from .card import make_card
 from .export import ACTION_SPEC, SPEC_VERSION
@@ -107,6 +108,7 @@ def import_checkpoint(source: str, out: Path, *, revision: str | None = None, **
                     )
             with reading(folder / ACTION_SPEC):
                 _import_exported(folder, part)
+            admit_processors(part)
             shutil.copyfile(folder / "tokenizer.json", part / VLM_FOLDER / "tokenizer.json")
             copy_weights(folder, part / WEIGHTS)
             message, imported = "Imported an exported checkpoint.", None
@@ -147,15 +149,17 @@ def _import_exported(folder: Path, out: Path) -> None:
         )
     (out / VLM_FOLDER).mkdir()
     for name, content in files.items():
-        place = PurePosixPath(name)
-        if str(place.parent) not in (".", VLM_FOLDER) or place.suffix != ".json":
-            raise ValueError(f"{folder / ACTION_SPEC} names {name!r}, which is no file of a checkpoint.")
-        (out / place).write_text(json.dumps(content, indent=2))
+        _must_be("file of a checkpoint", rf"({VLM_FOLDER}/)?\w[\w.-]*\.json", name, folder)
+        (out / name).write_text(json.dumps(content, indent=2))
     for name, tensors in state.items():
-        if PurePosixPath(name).name != name:
-            raise ValueError(f"{folder / ACTION_SPEC} names {name!r}, which is no file of a checkpoint.")
-        values = {
-            key: torch.tensor(saved["values"], dtype=getattr(torch, saved["dtype"]))
-            for key, saved in tensors.items()
-        }
+        _must_be("file of a checkpoint", r"policy_\w[\w.-]*\.safetensors", name, folder)
+        values = {}
+        for key, saved in tensors.items():
+            _must_be("type of numbers", "float(16|32|64)|bfloat16|u?int(8|16|32|64)", saved["dtype"], folder)
+            values[key] = torch.tensor(saved["values"], dtype=getattr(torch, saved["dtype"]))
         save_file(values, out / name)
+
+
+def _must_be(what: str, pattern: str, name: str, folder: Path) -> None:
+    if len(name) > 200 or not re.fullmatch(pattern, name, re.ASCII):
+        raise ValueError(f"{folder / ACTION_SPEC} names {name[:200]!r}, which is no {what}.")

@@ -20,6 +20,7 @@ from ..files import reading
 LIBERO_CAMERAS = {"3p1": "observation.images.image", "3p2": "observation.images.image2"}
 # The data's YAML that NVlabs/vla0 comes with: absolute actions of the robot. Another one has to be at hand.
 LIBERO_YAML = "img_libero_aug.yaml"
+MAX_ALIASES = 20
 DELTA = "LEROBOT.convert_ori_act_to_delta_act"
 
 # MODEL.QWEN: the only value that can be imported, and what says how it was trained or computed only.
@@ -67,6 +68,15 @@ class PeerOptions:
 class _YacsLoader(yaml.SafeLoader):
     """Reads Python tuples, too, which yacs writes under a tag that YAML's safe loader does not know."""
 
+    aliases = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        # A few of them, each of a mapping of the others, make a file of one line endless to read.
+        self.aliases += self.check_event(yaml.AliasEvent)
+        if self.aliases > MAX_ALIASES:
+            raise yaml.YAMLError(f"more than {MAX_ALIASES} aliases")
+        return super().compose_node(parent, index)
+
 
 _YacsLoader.add_constructor(
     "tag:yaml.org,2002:python/tuple", lambda loader, node: tuple(loader.construct_sequence(node))
@@ -96,7 +106,7 @@ def nvlabs_settings(
         missing = sorted(MODEL_USED - qwen.keys())
         if missing:
             raise KeyError(missing[0])
-    except (yaml.YAMLError, KeyError, TypeError, AttributeError, ValueError) as error:
+    except (yaml.YAMLError, KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise ValueError(
             f"{file} is no config of NVlabs/vla0's training ({type(error).__name__}: "
             f"{str(error).splitlines()[0]}). Expected are MODEL.QWEN and DATALOADER.ROBOVERSE with cfg_path "
@@ -182,12 +192,14 @@ def _data_settings(file: Path, options: PeerOptions, path: str, words: Any) -> d
     if options.data_config is not None and not options.data_config.is_file():
         raise FileNotFoundError(f"--data_config={str(options.data_config)!r} is not there.")
     # The path begins at NVlabs' working folder, which holds the folder of runs.
-    places = [file.parent / Path(path).name, *(folder / path for folder in file.parents)]
+    places = [file.parent / Path(path).name]
+    if not Path(path).is_absolute() and ".." not in Path(path).parts:
+        places += [folder / path for folder in file.parents]
     found = options.data_config or next((place for place in places if place.is_file()), None)
     if found is not None:
         with reading(found):
             content = yaml.load(found.read_text(), _YacsLoader)
-            return DATA_DEFAULTS | dict(_flat(content or {})) | given
+            return DATA_DEFAULTS | dict(_flat({} if content is None else content)) | given
     if Path(path).name != LIBERO_YAML and DELTA not in given:
         raise ValueError(
             f"{file} was trained on data of {path}, which is not at hand: it says whether actions are deltas "
@@ -207,7 +219,7 @@ def _decoded(value: Any) -> Any:
     """As yacs reads a string: a Python literal if it is one."""
     try:
         return ast.literal_eval(value) if isinstance(value, str) else value
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, MemoryError, RecursionError):  # the latter two: nested too deeply
         return value
 
 

@@ -17,7 +17,7 @@ from lerobot.utils.constants import ACTION
 
 from ..checkpoint import ADAPTER_CONFIG, VLM_FOLDER, WEIGHTS
 from ..configuration_vla0 import VLA0Config
-from ..files import read_json, reading
+from ..files import read_json
 from .import_nvlabs import LIBERO_CAMERAS, PeerOptions, nvlabs_settings
 from .import_stats import read_stats
 from .weights import copy_weights, find_folder
@@ -44,9 +44,7 @@ def import_peer(folder: Path, options: PeerOptions, out: Path) -> Imported:
         ImportError: an adapter, and peft is not installed.
     """
     # Imported here: transformers takes seconds, and `--help` must not.
-    from transformers import AutoProcessor
-
-    from ..backbone import read_config, save_vlm
+    from ..backbone import load_processor, read_config, save_vlm
     from ..processor_vla0 import make_vla0_pre_post_processors
 
     model_folder = _model_folder(folder)
@@ -80,9 +78,8 @@ def import_peer(folder: Path, options: PeerOptions, out: Path) -> Imported:
         base_folder = find_folder(adapter["base"], adapter["revision"], "--base")
     read_config(base_folder)  # refuses what is no VLM
     try:
-        with reading(model_folder):
-            processor = AutoProcessor.from_pretrained(model_folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+        processor = load_processor(model_folder)
+    except ValueError as error:
         raise FileNotFoundError(
             f"{model_folder} has no processor that Transformers can read ({str(error).splitlines()[0]}). "
             "Copy tokenizer and preprocessor_config.json of the model that was trained on into it."

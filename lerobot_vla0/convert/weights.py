@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_model
 from torch import nn
 
-from ..files import not_found, read_json, reading
+from ..files import check_kinds, not_found, weight_files
 
 # safetensors' names of the types that weights come in.
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -31,6 +31,7 @@ def find_folder(source: str, revision: str | None, option: str) -> Path:
         FileNotFoundError: neither a folder nor a repo that can be read.
     """
     if Path(source).is_dir():
+        check_kinds(Path(source))
         return Path(source).resolve()
     try:
         return Path(snapshot_download(source, revision=revision, allow_patterns=FILES))
@@ -98,13 +99,8 @@ def _refuse(wrong: list[str]) -> None:
 
 def _stored_types(folder: Path) -> dict[str, str]:
     """Name → safetensors' type of every tensor, from the headers of all shards."""
-    index = folder / "model.safetensors.index.json"
-    files = [folder / "model.safetensors"]
-    if index.is_file():
-        with reading(index):
-            files = [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
     types: dict[str, str] = {}
-    for file in files:
+    for file in weight_files(folder):
         if not file.is_file():
             raise FileNotFoundError(
                 f"{file} is missing. Weights are read from safetensors, all shards of them; older files "
