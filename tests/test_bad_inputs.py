@@ -369,8 +369,8 @@ CASES += [
             (with_(9, "spec_version"), "spec_version 9"), (with_("x", "spec_version"), "damaged"),
             (without("checkpoint"), "'checkpoint' is missing"), (without("checkpoint", "files"), "'files' is missing"),
             (with_([], "checkpoint", "files"), "damaged"), (with_(3, "checkpoint", "state"), "damaged"),
-            (with_({"a": {"b": {}}}, "checkpoint", "state"), "damaged"),
-            (with_({"a": {"b": {"values": [1], "dtype": "x"}}}, "checkpoint", "state"), "damaged"),
+            (with_({"policy_a.safetensors": {"b": {}}}, "checkpoint", "state"), "damaged: the field 'dtype' is missing"),
+            (with_({"policy_a.safetensors": {"b": {"values": [1], "dtype": "x"}}}, "checkpoint", "state"), "'x', which is no type of numbers"),
         ]
     ),
     # sft
