@@ -183,15 +183,22 @@ def build_vlm(folder: Path, *, dtype: str, attn_implementation: str | None) -> t
     return model.eval(), load_processor(folder)
 
 
-def make_vlm(config: VLA0Config, folder: Path | None) -> tuple[nn.Module, Any]:
-    """(the VLM that a policy's config asks for, on its device; the VLM's processor).
+def make_vlm(config: VLA0Config, folder: Path | None) -> tuple[nn.Module | None, Any]:
+    """(the VLM that a policy's config asks for, on its device, None with `server`; the VLM's processor).
 
     Args:
         folder: build the VLM, without weights, from what `save_vlm` wrote there; None loads `config.vlm`.
 
     Raises:
-        ValueError: `load_in_4bit` with a folder.
+        ValueError: `load_in_4bit` with a folder, or `server` without one.
     """
+    if config.server is not None:
+        if folder is None:
+            raise ValueError(
+                f"server={config.server!r} is for acting with a trained checkpoint, which is the export that "
+                "the server has: give it with --policy.path, or leave server out."
+            )
+        return None, load_processor(folder)
     load = {"dtype": config.dtype, "attn_implementation": config.attn_implementation}
     if folder is None:
         quantised = config.load_in_4bit

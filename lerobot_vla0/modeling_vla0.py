@@ -19,6 +19,7 @@ from . import adapters, backbone
 from .checkpoint import HUB_OPTIONS, VLM_FOLDER, Checkpoint, check_checkpoint, readable
 from .configuration_vla0 import VLA0Config
 from .decoding.chunk_decoder import ChunkDecoder, EpisodeState, Lock, episode_rows
+from .decoding.rtc import read_left_over
 from .decoding.server import ServerDecoder
 from .examples import ExampleMaker, augmentation_generator
 from .loss import answer_loss
@@ -59,23 +60,16 @@ class VLA0Policy(PreTrainedPolicy):
         if dataset_meta is not None:
             prepare_data(config, dataset_meta)
         config.validate_features()
-        if config.server is None:
-            self.model, self.vlm_processor = backbone.make_vlm(config, vlm_folder)
-            # LeRobot 0.6.2 reads it from the class, but the name depends on the VLM.
-            type(self)._fsdp_wrap_modules = [backbone.block_name(self.model)]
-            self.examples = ExampleMaker(config, self.vlm_processor)
-            self.decoder = ChunkDecoder(config, self.model, self.examples)
-        elif vlm_folder is None:
-            raise ValueError(
-                f"server={config.server!r} is for acting with a trained checkpoint, which is the export "
-                "that the server has: give it with --policy.path, or leave server out."
-            )
-        else:
-            self.vlm_processor = backbone.load_processor(vlm_folder)
-            self.examples = ExampleMaker(config, self.vlm_processor)
+        self.model, self.vlm_processor = backbone.make_vlm(config, vlm_folder)
+        self.examples = ExampleMaker(config, self.vlm_processor)
+        if self.model is None:
             self.decoder = ServerDecoder(config, self.examples)
             # LeRobot counts a policy's parameters and asks them for the device.
             self.placeholder = nn.Parameter(torch.zeros(0, device=config.device), requires_grad=False)
+        else:
+            # LeRobot 0.6.2 reads it from the class, but the name depends on the VLM.
+            type(self)._fsdp_wrap_modules = [backbone.block_name(self.model)]
+            self.decoder = ChunkDecoder(config, self.model, self.examples)
         self._lock = Lock()  # of what acting remembers
         self.reset()
 
@@ -164,27 +158,31 @@ class VLA0Policy(PreTrainedPolicy):
             fresh = self.decoder.new_episodes(len(old))
             self._action_queue = [fresh[i] if i in begun else state for i, state in enumerate(old)]
 
-    def stream_action_chunk(self, batch: dict[str, Any], steps: int | None = None) -> Iterator[Tensor]:
-        """Yields timestep after timestep, bins (B, D) as float32, as soon as every row has written it.
-
-        Args:
-            batch: as for `predict_action_chunk`.
-            steps: timesteps to decode; None decodes all of the chunk.
-        """
+    def stream_action_chunk(
+        self, batch: dict[str, Any], steps: int | None = None, **rtc: Any
+    ) -> Iterator[Tensor]:
+        """Yields timestep after timestep, bins (B, D) as float32, as soon as every row has written it: all of
+        the chunk, or the first `steps`. Other arguments are those of `predict_action_chunk`."""
         observation = self.examples.check(batch)
+        left_over = read_left_over(observation, self.config, **rtc) if rtc else None
         episodes = self._action_queue
         if len(episodes) != len(observation):
             episodes = self.decoder.new_episodes(len(observation))
             # Remembered for the drafts of the next chunk, unless `select_action` acts in other environments.
             self._action_queue = self._action_queue or episodes
         steps = self.config.chunk_size if steps is None else steps
-        return self.decoder.decode_chunk(observation, steps, episodes)
+        return self.decoder.decode_chunk(observation, steps, episodes, left_over)
+
+    def supports_rtc(self) -> bool:
+        """`lerobot-rollout --inference.type=rtc` works, see decoding/rtc.py."""
+        return True
 
     @torch.compiler.disable
-    def predict_action_chunk(self, batch: dict[str, Any], **kwargs: Any) -> Tensor:
+    def predict_action_chunk(self, batch: dict[str, Any], **rtc: Any) -> Tensor:
         """Actions as bins 0..num_bins, float32 (B, chunk_size, D); the postprocessor turns them into
-        commands. Of this observation alone: never averaged with earlier chunks."""
-        return torch.stack(list(self.stream_action_chunk(batch)), dim=1)
+        commands. Of this observation alone: never averaged with earlier chunks. Real-time chunking passes
+        `inference_delay` and `prev_chunk_left_over`, see `decoding.rtc.read_left_over`."""
+        return torch.stack(list(self.stream_action_chunk(batch, **rtc)), dim=1)
 
     @torch.compiler.disable
     def select_action(self, batch: dict[str, Any], **kwargs: Any) -> Tensor:

@@ -256,3 +256,12 @@ def to_data_set_bins(integers: Tensor, task_range: Tensor | None, num_bins: int)
         return integers
     low, high = ((task_range.float() + 1) / 2 * num_bins).to(integers.device).unbind(1)
     return low + integers * ((high - low) / num_bins)
+
+
+def to_task_bins(bins: Tensor, task_range: Tensor | None, num_bins: int) -> Tensor:
+    """The inverse of `to_data_set_bins`, as fractions: (R, T, D) → (R, T, D). Where a task's actions are
+    constant, every bin means the same: num_bins / 2."""
+    if task_range is None:
+        return bins
+    low, high = ((task_range.float() + 1) / 2 * num_bins).to(bins.device)[:, None].unbind(2)
+    return torch.where(high > low, (bins - low) * (num_bins / (high - low)), num_bins / 2)

@@ -11,11 +11,14 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
+from httpx import HTTPError
 from lerobot.configs import FeatureType
+from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
 from lerobot.utils.constants import ACTION, OBS_STATE
 from lerobot.utils.feature_utils import dataset_to_policy_features
 
 from .configuration_vla0 import VLA0Config
+from .files import reading
 from .task_stats import (
     STATISTICS,
     add_task_statistics,
@@ -24,6 +27,25 @@ from .task_stats import (
     frame_files,
     vectors,
 )
+
+
+def read_metadata(repo_id: str, root: Path | str | None, **hub: Any) -> LeRobotDatasetMetadata:
+    """LeRobot's metadata of a data set, downloaded if it is on the Hub.
+
+    Args:
+        root: folder of a local one, or to download to.
+        hub: revision, repo_type.
+
+    Raises:
+        ValueError: it is neither there nor on the Hub, or damaged.
+    """
+    named = f"dataset.repo_id={repo_id!r}" if root is None else f"dataset.root={str(root)!r}"
+    try:
+        with reading(root or repo_id):
+            return LeRobotDatasetMetadata(repo_id, root=root, **hub)
+    except (OSError, ValueError, HTTPError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{named}: no data set could be read there ({reason}).") from error
 
 
 def prepare_data(config: VLA0Config, meta: Any) -> None:

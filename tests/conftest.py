@@ -145,6 +145,47 @@ def process_env(tmp_path_factory) -> dict[str, str]:
     }
 
 
+@pytest.fixture(scope="session")
+def robot_checkpoint(tiny_vlm, tmp_path_factory) -> Path:
+    """A policy for the robot of lerobot_robot_mock.py, with random weights, as lerobot-train saves it."""
+    from lerobot.configs import FeatureType, PolicyFeature
+    from lerobot_robot_mock import CAMERAS
+
+    from lerobot_vla0.modeling_vla0 import VLA0Policy
+    from lerobot_vla0.processor_vla0 import make_vla0_pre_post_processors
+
+    cameras = {
+        f"observation.images.{key}": PolicyFeature(FeatureType.VISUAL, (3, *CAMERAS[key][:2]))
+        for key in ("front", "wrist")
+    }
+    config = make_config(
+        tiny_vlm,
+        chunk_size=16,
+        n_action_steps=8,
+        num_bins=100,
+        input_features={**cameras, "observation.state": PolicyFeature(FeatureType.STATE, (6,))},
+        output_features={"action": PolicyFeature(FeatureType.ACTION, (6,))},
+    )
+    policy = VLA0Policy(config).eval()
+    randomise(policy)
+    limits = {"min": torch.full((6,), -90.0), "max": torch.full((6,), 90.0)}
+    out = tmp_path_factory.mktemp("rollout") / "checkpoint"
+    policy.save_pretrained(out)
+    for processor in make_vla0_pre_post_processors(config, {"action": limits, "observation.state": limits}):
+        processor.save_pretrained(out)
+    return out
+
+
+@pytest.fixture
+def robot_env(tmp_path, process_env) -> dict[str, str]:
+    """Environment of processes that find lerobot_robot_mock.py as an installed plugin."""
+    info = tmp_path / "site" / "lerobot_robot_mock-0.1.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: lerobot_robot_mock\nVersion: 0.1\n")
+    path = [str(info.parent), str(Path(__file__).parent), process_env.get("PYTHONPATH", "")]
+    return {**process_env, "PYTHONPATH": os.pathsep.join(path)}
+
+
 @pytest.fixture
 def throw_away(tmp_path_factory, monkeypatch) -> None:
     """LIBERO's config file and the stand-in assets in a throw-away place, for tests in this process."""

@@ -61,10 +61,12 @@ def make_grammar(count: int = 6, maximum: int = 1000) -> IntegerGrammar:
     return IntegerGrammar(count, maximum, DIGITS, SPACE, END)
 
 
-def plain_greedy(model: MockModel, row: int, grammar: IntegerGrammar) -> list[int]:
+def plain_greedy(
+    model: MockModel, row: int, grammar: IntegerGrammar, tokens: list[int] | None = None
+) -> list[int]:
     """The definition of the output, independent of the grammar's code: one token at a time, argmax over those
-    that keep the text valid."""
-    tokens: list[int] = []
+    that keep the text valid. `tokens`: that the answer begins with."""
+    tokens = list(tokens or [])
     while not tokens or tokens[-1] != END:
         text = "".join({SPACE: " "}.get(t, str(t - 15)) for t in tokens)
         number = text.split(" ")[-1]

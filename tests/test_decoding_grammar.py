@@ -1,3 +1,4 @@
+import itertools
 import re
 
 import numpy as np
@@ -137,7 +138,16 @@ def test_regex_is_the_same_language(maximum):
     number = re.compile(integer_regex(maximum))
     assert [i for i in range(3000) if number.fullmatch(str(i))] == list(range(maximum + 1))
     assert not any(number.fullmatch(text) for text in ("00", "01", "", "-1", " 1"))
-    text = re.compile(IntegerGrammar(3, maximum, list(range(10)), 10, 11).regex)
+    text = re.compile(IntegerGrammar(3, maximum, list(range(10)), 10, 11).regex())
     assert text.fullmatch(f"0 {maximum} 1")
     for wrong in ("0 1", "0 1 1 1", f"0 1 {maximum + 1}", "0  1 1", "0 1 1 "):
         assert not text.fullmatch(wrong)
+
+
+@pytest.mark.parametrize("prefix", [[], [0], [7, 12], [7, 12, 3]])
+def test_regex_behind_a_prefix(prefix):
+    text = re.compile(IntegerGrammar(3, 12, list(range(10)), 10, 11).regex(prefix))
+    for integers in itertools.product([0, 3, 7, 12], repeat=3):
+        matches = text.fullmatch(" ".join(map(str, integers)))
+        assert bool(matches) == (list(integers[: len(prefix)]) == prefix)
+    assert not text.fullmatch(" ".join(map(str, [*prefix, *[1] * (4 - len(prefix))])))

@@ -480,6 +480,20 @@ def test_server_without_structured_output(learnt, fake, caplog):
     assert sum("takes no structured output" in r.getMessage() for r in caplog.records) == 1
 
 
+def test_real_time_chunking(learnt, fake):
+    """The grammar that is sent begins with what is committed; an answer that does not is an error."""
+    policy, batch = remote(learnt, fake.url)
+    left = torch.tensor([[[3.0] * 7, [8.0] * 7]])
+    one = {k: v[:1] for k, v in batch.items()}
+    fake.behaviour = "3 " * 7 + "9 " * 6 + "9"
+    chunk = policy.predict_action_chunk(one, inference_delay=1, prev_chunk_left_over=left)
+    assert chunk.tolist() == [[[3.0] * 7, [9.0] * 7]]
+    regex = fake.requests[-1]["structured_outputs"]["regex"]
+    assert re.fullmatch(regex, fake.behaviour) and not re.fullmatch(regex, "4 " + fake.behaviour[2:])
+    with pytest.raises(ValueError, match="do not begin with those that the robot is executing"):
+        policy.predict_action_chunk(one, inference_delay=2, prev_chunk_left_over=left)
+
+
 def test_model_name(learnt, fake):
     fake.models = ["a", "b"]
     policy, batch = remote(learnt, fake.url)

@@ -117,13 +117,13 @@ def test_a_run_that_fails_at_its_start_leaves_nothing(quick, checkpoint, monkeyp
         "--max_episode_steps=0": "max_episode_steps=0 must be",
         "--assets=/nowhere": "assets='/nowhere' is neither",
         f"--compare={tmp_path}/none": "holds no finished episode",
-        f"--out={tmp_path}/file/out": f"{tmp_path}/file is a file. Choose another --out",
+        f"--out={tmp_path}/file/out": f"{tmp_path}/file",
     }.items():
         assert message in quick(mistake)
     assert "model.safetensors could not be loaded" in quick(policy=broken)
     monkeypatch.setenv("MUJOCO_GL", "vulkan")
     monkeypatch.delitem(sys.modules, "robosuite", raising=False)
-    assert "MUJOCO_GL=vulkan is not known: set it to egl or osmesa" in quick()
+    assert "MUJOCO_GL=vulkan renders nothing. Set it to egl or osmesa" in quick()
     monkeypatch.setenv("MUJOCO_GL", "osmesa")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["broken", "file"]
     # Settings that an earlier version wrote before its start failed do not block, either.

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
+from ..files import check_place, new_file
 from ..modeling_vla0 import VLA0Policy
 from ..options import load_policy_config, override_arguments
 from . import common
@@ -60,7 +61,7 @@ def bench_decode(config: BenchDecodeConfig) -> dict[str, Any]:
     Raises:
         ValueError: a name or number that is not allowed, or a workload without its material.
     """
-    names, modes = _check(config), list(config.modes)
+    names, modes, out = _check(config), list(config.modes), check_place(config.out, "folder")
     policy, random = _load_policy(config), np.random.default_rng(config.seed)
     if config.batch_size > 1 and "prompt_lookup" in modes:
         modes.remove("prompt_lookup")
@@ -96,7 +97,6 @@ def bench_decode(config: BenchDecodeConfig) -> dict[str, Any]:
     columns = ["workload", "mode", "repeat", "chunks", "passes", "ms", "identical", "gap"]
     rows = _summarize(pd.DataFrame(records, columns=columns))
     _print_rows(rows)
-    out = Path(config.out)
     result = common.write_results(
         out / "decode.json", config, common.describe(policy), rows, reference_of_identical=reference
     )
@@ -109,7 +109,9 @@ def _check(config: BenchDecodeConfig) -> list[str]:
     """The names of the workloads."""
     common.check_counts(config, "batch_size", "chunks", "repeats")
     common.check_names("modes", config.modes, MODES)
-    common.check_names("workloads", config.workloads or [], WORKLOADS)
+    common.check_machine(config)
+    if config.workloads is not None:
+        common.check_names("workloads", config.workloads, WORKLOADS)
     trained = config.model not in common.SHAPES
     if trained and not Path(config.model).is_dir():
         raise ValueError(
@@ -204,4 +206,5 @@ def _plot(rows: pd.DataFrame, title: str, file: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].invert_yaxis()
     figure.suptitle(title, fontsize=9)
-    figure.savefig(file, dpi=120)
+    with new_file(file) as draft:
+        figure.savefig(draft, dpi=120)

@@ -24,6 +24,7 @@ from .drafting import AcceptanceRate, Drafter
 from .ensembling import TemporalEnsembler
 from .kv_cache import KVCache
 from .prepack import can_prepack, prepack
+from .rtc import LeftOver
 from .session import DecodingSession, RowByRowSession, acting_model, encode_prefix
 
 # Per kind of device: longest draft in tokens; tokens of a pass over all rows; and the chance of being right
@@ -157,7 +158,11 @@ class ChunkDecoder:
 
     @torch.no_grad()
     def decode_chunk(
-        self, observation: Observation, steps: int, episodes: list[EpisodeState]
+        self,
+        observation: Observation,
+        steps: int,
+        episodes: list[EpisodeState],
+        left_over: LeftOver | None = None,
     ) -> Iterator[Tensor]:
         """Yields timestep after timestep, bins (R, D) as float32, each as soon as every row has written it.
 
@@ -165,6 +170,8 @@ class ChunkDecoder:
             observation: of R rows.
             steps: number of timesteps to decode, at most `chunk_size`.
             episodes: one per row.
+            left_over: what is still to be executed of the last chunk; the answers begin with its committed
+                integers. The others only serve as drafts.
         """
         inputs = self.examples.acting_inputs(observation)
         if self.config.temperature > 0:
@@ -174,8 +181,10 @@ class ChunkDecoder:
         else:
             # Copies, because two chunks may be decoded at once.
             drafters = [copy.copy(episode.drafter) for episode in episodes]
-        for drafter in drafters:
+        for row, drafter in enumerate(drafters):
             drafter.start()
+            if left_over is not None:
+                drafter.expect(left_over.integers[row])
         dim, yielded = self.action_dim, 0
         try:
             cache = self._caches.pop()
@@ -188,6 +197,7 @@ class ChunkDecoder:
                 len(drafters),
                 count=steps * dim,
                 drafters=drafters,
+                prefixes=None if left_over is None else left_over.prefixes(steps * dim),
                 temperature=self.config.temperature,
             ):
                 integers = decoded.integers

@@ -84,6 +84,10 @@ class Drafter:
         past = (self.history + integers[: executed * self.dim])[-2 * self.dim :]
         self.history, self.previous = past, integers[executed * self.dim :]
 
+    def expect(self, integers: list[int]) -> None:
+        """Takes these for the last answer, from the next answer's first timestep on."""
+        self.history, self.previous = [], integers
+
     def draft(self, answer: PartialAnswer, needed: int) -> list[int]:
         """Symbols that may follow the answer: at most `length`, and not beyond `needed` integers."""
         for index in [index for index in self.unverified if index < len(answer.integers)]:

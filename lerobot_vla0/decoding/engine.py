@@ -60,6 +60,7 @@ def decode_stream(
     *,
     count: int | None = None,
     drafters: list[Drafter] | None = None,
+    prefixes: list[list[int]] | None = None,
     temperature: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> Iterator[Decoded]:
@@ -72,6 +73,8 @@ def decode_stream(
         count: integers to decode per row; None decodes whole answers. The last pass may give a row more.
         drafters: one per row, `start()`ed; None feeds one token per pass, even where the grammar leaves no
             choice.
+        prefixes: integers that each row's answer begins with, at most `count`; the model continues them. They
+            are fed with the prompt and take no pass of their own.
         temperature: 0 takes the argmax; above 0 samples from softmax(logits / temperature) over the allowed
             symbols.
         generator: CPU random generator for sampling; None uses PyTorch's default one.
@@ -84,8 +87,17 @@ def decode_stream(
         raise ValueError(f"count must be in 1..{grammar.count}, got {needed}.")
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature must be at least 0 and finite, got {temperature}.")
-    result = Decoded([Row(grammar, needed, drafters[i] if drafters else None) for i in range(rows)])
+    result = Decoded(
+        [
+            Row(grammar, needed, drafters[i] if drafters else None, prefixes[i] if prefixes else [])
+            for i in range(rows)
+        ]
+    )
+    if all(row.done for row in result.rows):
+        yield result
+        return
     logits = model.start([row.tokens for row in result.rows])
+    logits = [logits[i, len(row.symbols) :] for i, row in enumerate(result.rows)]  # behind each prefix
     while True:
         result.passes += 1
         kept = [row.verify(logits[i], temperature, generator) for i, row in enumerate(result.rows)]
@@ -98,10 +110,17 @@ def decode_stream(
 class Row:
     """One prompt's answer, its symbols so far, and the draft that the next pass verifies."""
 
-    def __init__(self, grammar: IntegerGrammar, needed: int, drafter: Drafter | None) -> None:
+    def __init__(
+        self, grammar: IntegerGrammar, needed: int, drafter: Drafter | None, prefix: list[int]
+    ) -> None:
         self.grammar, self.needed, self.drafter = grammar, needed, drafter
         self.answer, self.symbols = PartialAnswer(), []
-        self.draft = self._next_draft()
+        for integer in prefix:
+            self._extend_answer(grammar.spell(integer, self.answer))
+        # Symbols of the answer that are not in the KV cache yet: the prefix; later, the model's own choice
+        # after the last draft.
+        self.pending = len(self.symbols)
+        self.draft = [] if self.done else self._next_draft()
 
     @property
     def done(self) -> bool:
@@ -109,9 +128,9 @@ class Row:
 
     @property
     def tokens(self) -> list[int]:
-        """Token ids for the next pass: the last symbol, which is the model's own choice after the last draft
-        and not in the KV cache yet, and the draft."""
-        return [] if self.done else [self.grammar.token_ids[s] for s in self.symbols[-1:] + self.draft]
+        """Token ids for the next pass: symbols that are not in the KV cache yet, and the draft."""
+        pending = self.symbols[len(self.symbols) - self.pending :]
+        return [] if self.done else [self.grammar.token_ids[s] for s in pending + self.draft]
 
     def verify(self, logits: np.ndarray, temperature: float, generator: torch.Generator | None) -> int:
         """Verifies the draft, extends the answer and makes the next draft.
@@ -150,7 +169,7 @@ class Row:
                 self.grammar.append(answer, drafted)
         if self.drafter is not None:
             self.drafter.learn(self.answer, self.draft, predicted)
-        kept = len(self.symbols[-1:]) + accepted
+        kept, self.pending = self.pending + accepted, 1
         self._extend_answer(predicted[: accepted + 1])
         if self.drafter is not None and not self.done:
             # If the grammar forces all of the rest, no further pass is needed.

@@ -1,6 +1,7 @@
 """The grammar of VLA-0's answers: exactly `count` integers in 0..`maximum` without leading zeros, a space
 between two of them, then the end-of-turn token. Deals with tokens only, not with models or robots."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -59,11 +60,16 @@ class IntegerGrammar:
         """Tokens of the longest answer: each integer with all its digits and a space or the end of turn."""
         return self.count * (len(str(self.maximum)) + 1)
 
-    @property
-    def regex(self) -> str:
-        """The same language, without the end of turn, as a regular expression for structured output."""
-        number = integer_regex(self.maximum)
-        return f"({number})( ({number})){{{self.count - 1}}}"
+    def regex(self, prefix: Sequence[int] = ()) -> str:
+        """The same language, without the end of turn, as a regular expression for structured output.
+
+        Args:
+            prefix: integers that the answer begins with, at most `count`.
+        """
+        number, free = integer_regex(self.maximum), self.count - len(prefix)
+        if prefix:
+            return " ".join(map(str, prefix)) + (f"( ({number})){{{free}}}" if free else "")
+        return f"({number})( ({number})){{{free - 1}}}"
 
     def allowed(self, answer: PartialAnswer) -> np.ndarray:
         """Which symbols may follow an unfinished answer, (12,) bool, at least one of them True."""

@@ -29,6 +29,7 @@ from ..configuration_vla0 import VLA0Config
 from ..examples import ExampleMaker, Observation
 from ..task_stats import to_data_set_bins
 from .chunk_decoder import EpisodeState
+from .rtc import LeftOver
 
 ATTEMPTS = 3  # at a request, until it is answered
 BACKOFF_S = 0.5  # before the second attempt; doubled before each further one
@@ -70,9 +71,8 @@ class ServerDecoder:
 
     def __init__(self, config: VLA0Config, examples: ExampleMaker) -> None:
         self.config, self.examples, self.url = config, examples, _base_url(config.server)
-        self.shape = (config.chunk_size, examples.action_dim)
-        regex = examples.chat.grammar.regex
-        self.optional = {"structured_outputs": {"regex": regex}, "regex": regex, **NEUTRAL}
+        self.shape = torch.Size((config.chunk_size, examples.action_dim))
+        self.takes_optional = True  # fields, see the class; until it refuses them
         key = os.environ.get(API_KEY, "")
         if not (key.isascii() and key.isprintable()):
             raise ValueError(f"{API_KEY} has line breaks or other characters that no key has: set it again.")
@@ -99,11 +99,16 @@ class ServerDecoder:
         return [EpisodeState.begin(self.config, drafter=None) for _ in range(rows)]
 
     def decode_chunk(
-        self, observation: Observation, steps: int, episodes: list[EpisodeState]
+        self,
+        observation: Observation,
+        steps: int,
+        episodes: list[EpisodeState],
+        left_over: LeftOver | None = None,
     ) -> Iterator[Tensor]:
         """Yields the first `steps` timesteps, bins (R, D) as float32, on the observation's device.
 
-        The server is asked for whole chunks when the first timestep is. An interrupt ends this at once.
+        The server is asked for whole chunks when the first timestep is. An interrupt ends this at once. What
+        `left_over` has committed is the beginning of the grammar that is sent along.
 
         Raises:
             ConnectionError: no answer after several attempts, or the server refuses the request.
@@ -113,7 +118,10 @@ class ServerDecoder:
         for instruction in instructions:
             self.examples.chat.prompt_ids(instruction)  # raises if it is empty or has special tokens
         pictures = self.examples.pictures(observation, None).cpu()
-        asked = asyncio.run_coroutine_threadsafe(self._chunks(instructions, pictures), _event_loop())
+        prefixes = [[] for _ in instructions] if left_over is None else left_over.prefixes(self.shape.numel())
+        asked = asyncio.run_coroutine_threadsafe(
+            self._chunks(instructions, pictures, prefixes), _event_loop()
+        )
         try:
             chunks = torch.stack(asked.result())
         finally:
@@ -122,12 +130,15 @@ class ServerDecoder:
         for step in range(steps):
             yield to_data_set_bins(chunks[:, step], observation.task_range, self.config.num_bins)
 
-    async def _chunks(self, instructions: list[str], pictures: Tensor) -> list[Tensor]:
+    async def _chunks(
+        self, instructions: list[str], pictures: Tensor, prefixes: list[list[int]]
+    ) -> list[Tensor]:
         if self.model is None:
             self.model = await self._only_model()
         free = asyncio.Semaphore(MAX_CONNECTIONS)
         rows = [
-            asyncio.create_task(self._chunk(*row, free)) for row in zip(instructions, pictures, strict=True)
+            asyncio.create_task(self._chunk(*row, free))
+            for row in zip(instructions, pictures, prefixes, strict=True)
         ]
         try:
             return await asyncio.gather(*rows)
@@ -135,9 +146,12 @@ class ServerDecoder:
             for row in rows:
                 row.cancel()
 
-    async def _chunk(self, instruction: str, pictures: Tensor, free: asyncio.Semaphore) -> Tensor:
-        """One row: pictures uint8 (N, 3, H, W) → int64 bins (chunk_size, D)."""
+    async def _chunk(
+        self, instruction: str, pictures: Tensor, prefix: list[int], free: asyncio.Semaphore
+    ) -> Tensor:
+        """One row: pictures uint8 (N, 3, H, W) → int64 bins (chunk_size, D), which begin with `prefix`."""
         chat = self.examples.chat
+        regex = chat.grammar.regex(prefix)
         system, user = chat.messages(instruction)
         urls = [await asyncio.to_thread(_data_url, picture) for picture in pictures]
         images = iter([{"type": "image_url", "image_url": {"url": url}} for url in urls])
@@ -152,13 +166,14 @@ class ServerDecoder:
             "max_tokens": chat.grammar.max_tokens,
         }
         async with free:
-            optional = self.optional
+            optional = {"structured_outputs": {"regex": regex}, "regex": regex, **NEUTRAL}
+            optional = optional if self.takes_optional else {}
             answer = await self._send("POST", "/chat/completions", request | optional)
             if optional and answer.status in (400, 422):
                 optional = {}
                 answer = await self._send("POST", "/chat/completions", request)
-                if answer.status < 300 and self.optional:
-                    self.optional = {}
+                if answer.status < 300 and self.takes_optional:
+                    self.takes_optional = False
                     logging.warning(
                         f"server={self.url} takes no structured output: what it writes is checked, but not "
                         f"constrained. It also refuses {', '.join(NEUTRAL)}: its own settings count."
@@ -171,7 +186,10 @@ class ServerDecoder:
         except (KeyError, IndexError, TypeError) as error:
             raise ValueError(f"server={self.url}: no chat completion, but {answer.shown}.") from error
         try:
-            return self.examples.codec.from_text(text, self.shape)
+            bins = self.examples.codec.from_text(text, self.shape)
+            if bins.flatten()[: len(prefix)].tolist() != prefix:
+                raise ValueError("they do not begin with those that the robot is executing")
+            return bins
         except ValueError as error:
             raise ValueError(
                 f"server={self.url}: the model {self.model!r} wrote no actions: {error}. Does it serve the "

@@ -116,7 +116,8 @@ def evaluate(config: EvalConfig) -> Path:
 
     Raises:
         ValueError: no policy, one whose actions or cameras LIBERO does not have, or a results folder with
-            other settings, or that cannot be written.
+            other settings.
+        OSError: the results folder cannot be written.
         RuntimeError: an environment failed, or its process died.
     """
     policy, out = config.require_policy("which policy?"), Path(config.out)

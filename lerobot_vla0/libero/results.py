@@ -13,6 +13,7 @@ from lerobot.configs import PreTrainedConfig
 
 from ..adapters import find_source
 from ..configuration_vla0 import VLA0Config
+from ..files import check_place, read_json
 from .report import Episode, read_episodes
 
 SETTINGS = "settings.json"
@@ -53,12 +54,10 @@ def check_folder(folder: Path, settings: dict[str, Any]) -> None:
     failed at its start, do not count.
 
     Raises:
-        ValueError: it holds episodes of other settings, or nothing can be written there.
+        ValueError: it holds episodes of other settings.
+        OSError: nothing can be written there.
     """
-    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        reason = "is not writable" if place.is_dir() else "is a file"
-        raise ValueError(f"out={str(folder)!r}: {place} {reason}. Choose another --out.")
+    check_place(folder, "folder")
     if not read_episodes(folder):
         return
     if not (folder / SETTINGS).is_file():
@@ -67,7 +66,7 @@ def check_folder(folder: Path, settings: dict[str, Any]) -> None:
         )
     before, now = (
         {**s, **{f"policy.{name}": value for name, value in s["policy"].items()}}
-        for s in (json.loads((folder / SETTINGS).read_text()), json.loads(json.dumps(settings)))
+        for s in (read_json(folder / SETTINGS), json.loads(json.dumps(settings)))
     )
     for name in now:
         if name not in ("policy", "versions") and before.get(name) != now[name]:

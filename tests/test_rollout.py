@@ -1,0 +1,85 @@
+"""LeRobot's rollout script and its parts, with a robot without hardware (lerobot_robot_mock.py)."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import run_script
+from lerobot.policies.rtc import ActionQueue
+from lerobot.policies.rtc.configuration_rtc import RTCConfig
+from lerobot_robot_mock import CAMERAS, JOINTS
+
+from lerobot_vla0.modeling_vla0 import VLA0Policy
+from lerobot_vla0.processor_vla0 import make_vla0_pre_post_processors
+
+TASK = "put the cube into the box"
+
+
+def observation(seed: int) -> dict:
+    generator = torch.Generator().manual_seed(seed)
+    images = {f"observation.images.{key}": (1, 3, *CAMERAS[key][:2]) for key in ("front", "wrist")}
+    return {**{key: torch.rand(shape, generator=generator) for key, shape in images.items()}, "task": [TASK]}
+
+
+@pytest.mark.parametrize("is_rtc", [True, False])
+def test_the_executed_action_does_not_jump_between_chunks(is_rtc, robot_checkpoint):
+    """LeRobot's queue, filled as its RTC thread does, while decoding takes 3 timesteps: the first timestep of
+    a new chunk that is executed is what the old chunk would have executed then, and without RTC it is not."""
+    policy, queue = VLA0Policy.from_pretrained(robot_checkpoint), ActionQueue(RTCConfig(execution_horizon=16))
+    _, postprocess = make_vla0_pre_post_processors(
+        policy.config, {"action": {"min": torch.full((6,), -90.0), "max": torch.full((6,), 90.0)}}
+    )
+    delay, jumps = 3, []
+    for look in range(4):
+        left = queue.get_left_over()
+        rtc = {"inference_delay": delay if look else 0, "prev_chunk_left_over": left} if is_rtc else {}
+        chunk = policy.predict_action_chunk(observation(look), **rtc)
+        before = queue.get_action_index()
+        planned = [queue.get() for _ in range(delay + 1)]  # one more than is executed meanwhile
+        queue.last_index = before + (delay if look else 0)
+        queue.merge(chunk[0].clone(), postprocess(chunk)[0], delay if look else 0, before)
+        if look:
+            # The old and the new plan of the timestep before the first new one, which both have.
+            overlap = postprocess(chunk)[0, delay - 1]
+            jumps.append((overlap - planned[delay - 1]).abs().max().item())
+        for _ in range(4):
+            assert queue.get() is not None
+    assert max(jumps) == 0 if is_rtc else max(jumps) > 10  # degrees
+
+
+@pytest.fixture
+def rollout(robot_checkpoint, tmp_path, robot_env):
+    """Runs lerobot-rollout with the robot; returns its output and the rows of the robot's log."""
+    log = tmp_path / "robot.jsonl"
+
+    def run(*arguments: str, check: bool = True):
+        result = run_script(
+            "lerobot-rollout",
+            f"--policy.path={robot_checkpoint}",
+            "--robot.type=mock_arm",
+            f"--robot.log={log}",
+            f"--task={TASK}",
+            "--device=cpu",
+            "--play_sounds=false",
+            "--return_to_initial_position=false",
+            *arguments,
+            env=robot_env,
+            check=check,
+        )
+        return result, np.array([json.loads(line) for line in log.read_text().splitlines()])
+
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("inference", ["sync", "rtc"])
+def test_lerobot_rollout(inference, rollout):
+    arguments = ["--inference.rtc.execution_horizon=16"] if inference == "rtc" else []
+    result, rows = rollout(f"--inference.type={inference}", "--fps=2", "--duration=12", *arguments)
+    assert "ERROR" not in result.stdout and "Rollout finished" in result.stdout
+    assert len(rows) >= 12 and rows.shape[1] == 1 + len(JOINTS)
+    assert (np.abs(rows[:, 1:]) <= 90).all() and len(np.unique(rows[:, 1:], axis=0)) > 5
+    if inference == "rtc":
+        # The queue has an action for every tick from the first on.
+        assert np.diff(rows[:, 0]).max() < 2 / 2
