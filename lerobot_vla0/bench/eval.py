@@ -83,8 +83,12 @@ def bench_eval(config: BenchEvalConfig) -> dict[str, Any]:
     rows = []
     for _ in range(config.repeats):
         for steps in config.n_action_steps:
-            rows += [_in_a_process(measure, config, plans, mode, steps) for mode in config.modes]
-            print(rows[-1])
+            for mode in config.modes:
+                rows.append(_in_a_process(measure, config, plans, mode, steps))
+                print(
+                    f"{mode}, {steps} actions a look: {rows[-1]['episodes_per_min']:.1f} episodes a minute",
+                    flush=True,
+                )
     table = summarize(pd.DataFrame(rows))
     lengths = [len(plan) for plan in plans]
     print(
