@@ -461,7 +461,8 @@ def ends(arguments: list[str], capsys: pytest.CaptureFixture) -> str:
     return capsys.readouterr().err.strip().splitlines()[-1]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: " ".join([case[0], *map(str, case[2:])])[:120])
+# Numbers in front, because damage has no name, and must be the same in all processes of pytest-xdist.
+@pytest.mark.parametrize("case", CASES, ids=[f"{i} {case[0]}"[:100] for i, case in enumerate(CASES)])
 def test_ends_with_a_message_and_writes_nothing(case, place, world, capsys):
     command, message, *damages = case
     for damaged in damages:
