@@ -135,6 +135,7 @@ def test_picture(chat, written, success, outcome):
     assert written.count("1000") == 56
 
 
+@pytest.mark.slow
 def test_file_is_small(chat):
     """Six frames of noise, which cannot be compressed well."""
     rollout = Rollout("pick up the milk", [], [noise(seed=i) for i in range(6)])

@@ -34,6 +34,7 @@ def test_primitives_are_small_complete_and_well_formed(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["assets"]
 
 
+@pytest.mark.slow
 def test_first_use_writes_the_config_without_asking(home):
     """In a process without a terminal, where LIBERO's own import would stop at input()."""
     code = (
@@ -112,6 +113,7 @@ def prepare(*arguments: str, **env: str) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.slow
 def test_auto_and_real_download_what_is_missing(home, hub):
     """The real Hub client against a local stand-in; hf-libero's empty folder is in the way."""
     make_assets(hub.root / "datasets/lerobot/libero-assets")
@@ -127,6 +129,7 @@ def test_auto_and_real_download_what_is_missing(home, hub):
     assert len(hub.requests) == asked  # now installed
 
 
+@pytest.mark.slow
 def test_a_download_cut_short_is_not_taken_for_complete(home, hub):
     make_assets(hub.root / "datasets/lerobot/libero-assets")
     (hub.root / "datasets/lerobot/libero-assets/stable_hope_objects/object.xml").unlink()
@@ -136,6 +139,7 @@ def test_a_download_cut_short_is_not_taken_for_complete(home, hub):
     assert not (home / ".cache/libero/assets").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", ["off", "unreachable"])
 def test_no_assets_and_no_network(home, network):
     offline = {"HF_HUB_OFFLINE": "1"}

@@ -40,11 +40,16 @@ register_third_party_plugins()
     "imports",
     [
         REGISTRIES + DISCOVERY,  # LeRobot's scripts
-        "import lerobot_vla0" + REGISTRIES,
-        "import lerobot_vla0.task_stats" + REGISTRIES,
-        "import lerobot_vla0.libero.env" + REGISTRIES,
-        "import lerobot_vla0.modeling_vla0" + REGISTRIES,
-        "from lerobot.processor import ProcessorStepRegistry; import lerobot_vla0" + REGISTRIES,
+        *(
+            pytest.param(first + REGISTRIES, marks=pytest.mark.slow)
+            for first in (
+                "import lerobot_vla0",
+                "import lerobot_vla0.task_stats",
+                "import lerobot_vla0.libero.env",
+                "import lerobot_vla0.modeling_vla0",
+                "from lerobot.processor import ProcessorStepRegistry; import lerobot_vla0",
+            )
+        ),
     ],
 )
 def test_registers_whatever_was_imported_before(imports):
@@ -103,6 +108,7 @@ def test_installed_wheel_is_discovered_in_a_fresh_environment(tmp_path):
     ).startswith(str(tmp_path))
 
 
+@pytest.mark.slow
 def test_every_module_imports_without_the_extras():
     """LeRobot's `--policy.discover_packages_path=lerobot_vla0` imports all direct sub-modules."""
     code = """

@@ -160,6 +160,7 @@ def test_weights_gathered_from_several_processes(lora, arguments, tmp_path):
     assert own.keys() == saved.keys() and all(torch.equal(own[k], value) for k, value in saved.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_other_families_and_ranges_by_task(family, arguments, tmp_path):
     settings = {"vlm": make_tiny(family, tmp_path / "vlm"), **PICTURES[family], "crop_ratio": 1.0}
