@@ -1,30 +1,28 @@
 """LeRobot configuration of VLA-0 (`--policy.type=vla0`). Imports neither transformers nor a simulator."""
 
 import copy
-import inspect
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import draccus
-import torch
-from draccus.parsers import decoding
-from draccus.parsers.config_parsers import YAMLParser
-from draccus.utils import DecodingError
-from lerobot.configs import NormalizationMode, PreTrainedConfig
+from lerobot.configs import PreTrainedConfig
 from lerobot.optim import AdamWConfig
 from lerobot.optim.schedulers import ConstantWithWarmupSchedulerConfig
 
-# Data types of weights and computation, by their names in a config.
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-
-IDENTITY, MIN_MAX = NormalizationMode.IDENTITY, NormalizationMode.MIN_MAX
-# Integers need a bounded range. Images are normalised by the VLM's own image processor.
-BOUNDED = (MIN_MAX, NormalizationMode.QUANTILES, NormalizationMode.QUANTILE10)
-NORMALIZATIONS = {"STATE": BOUNDED, "ACTION": BOUNDED, "VISUAL": (IDENTITY,)}
+from .config_types import (
+    DTYPES,
+    FORMAT_VERSION,
+    IDENTITY,
+    MIN_MAX,
+    NORMALIZATIONS,
+    FormatVersion,
+    Names,
+    Normalizations,
+    reasons_shown,
+)
 
 ABOVE_0 = (lambda v: 0 < v < math.inf, "above 0 and finite")
 AT_LEAST_0 = (lambda v: 0 <= v < math.inf, "at least 0 and finite")
@@ -53,58 +51,6 @@ ALLOWED = {
     **dict.fromkeys(["scheduler_warmup_steps", "temperature"], AT_LEAST_0),
     "server": (lambda v: v is None or re.match("https?://", v), "a URL that begins with http:// or https://"),
 }
-
-
-class FormatVersion(int):
-    """A type of its own, so that a newer version is refused before the reading of config.json comes to the
-    fields that the newer version has added."""
-
-
-# Raised when a checkpoint of this package could no longer be read, or would act otherwise, in an older one.
-# Adding a field does not count: an older version refuses a field that it does not know by name.
-FORMAT_VERSION = FormatVersion(1)
-
-
-@draccus.decode.register(FormatVersion)
-def _read_format_version(raw: object, path: Sequence[str]) -> FormatVersion:
-    if not isinstance(raw, int) or raw < 1:
-        raise DecodingError(path, f"{raw!r} is not allowed: it must be an integer from 1.")
-    if raw > FORMAT_VERSION:
-        raise DecodingError(
-            path,
-            f"version {raw} was written by a newer lerobot_policy_vla0; the one that is installed reads up "
-            f"to {FORMAT_VERSION}. Upgrade: pip install --upgrade lerobot_policy_vla0",
-        )
-    return FormatVersion(raw)
-
-
-class CameraKeys(list[str]):
-    """A list that may be YAML text: with `--policy.path=` LeRobot reads JSON, and leaves '[a, b]' as text."""
-
-
-class Normalizations(dict[str, NormalizationMode]):
-    """A dict that may be YAML text."""
-
-
-def _from_yaml(plain: type) -> Callable[[object, Sequence[str]], object]:
-    read = decoding.get_decoding_fn(plain)
-    return lambda raw, path: read(YAMLParser.parse_string(raw) if isinstance(raw, str) else raw, path)
-
-
-draccus.decode.register(CameraKeys, _from_yaml(list[str]))
-draccus.decode.register(Normalizations, _from_yaml(dict[str, NormalizationMode]))
-
-
-@contextmanager
-def reasons_shown() -> Iterator[None]:
-    """Around the checks of a config. draccus hides the text of a ValueError ("Couldn't instantiate class"),
-    but not that of its own error: it gets that one, and Python callers the ValueError."""
-    try:
-        yield
-    except ValueError as error:
-        if any(caller.filename == decoding.__file__ for caller in inspect.stack(context=0)):
-            raise DecodingError((), str(error)) from error
-        raise
 
 
 def _check(name: str, value: object, allowed: Callable[..., object], what: str) -> None:
@@ -148,7 +94,7 @@ class VLA0Config(PreTrainedConfig):
     # [2. Cameras and pictures]
     # Image keys in the order in which they are shown, as in '[observation.images.front,
     # observation.images.wrist]'; None takes all of the data set, in its order.
-    cameras: CameraKeys | None = None
+    cameras: Names | None = None
     # Side in pixels that each camera is resized to: a multiple of 28 for Qwen2.5-VL, Qwen2-VL and InternVL,
     # of 32 for Qwen3-VL, of 64 for SmolVLM2 (2.2B: 42); 896 for Gemma 3. Source: NVlabs, IMAGE.img_size.
     image_size: int = 224
