@@ -33,6 +33,7 @@ ALLOWED = {
     "dtype": (lambda v: v in DTYPES, f"one of {', '.join(DTYPES)}"),
     "cameras": (lambda v: v is None or 0 < len(v) == len(set(v)), "None or a list of different image keys"),
     "image_size": (lambda v: 1 <= v <= 4096, "at least 1 pixel, and at most 4096"),
+    "image_fit": (lambda v: v in ("squash", "letterbox", "crop"), "squash, letterbox or crop"),
     "crop_ratio": (lambda v: 0 < v <= 1, "in (0, 1]"),
     "crop_rounding": (lambda v: v in ("down", "even"), "down or even"),
     "chunk_size": (lambda v: 1 <= v <= 1024, "at least 1, and at most 1024"),
@@ -98,6 +99,9 @@ class VLA0Config(PreTrainedConfig):
     # Side in pixels that each camera is resized to: a multiple of 28 for Qwen2.5-VL, Qwen2-VL and InternVL,
     # of 32 for Qwen3-VL, of 64 for SmolVLM2 (2.2B: 42); 896 for Gemma 3. Source: NVlabs, IMAGE.img_size.
     image_size: int = 224
+    # How a camera that is not square becomes a square of image_size: "squash" changes its aspect ratio, as
+    # the original does; "letterbox" keeps it, with black bars; "crop" takes the middle square.
+    image_fit: str = "squash"
     # Share of height and width that is kept, in (0, 1]: random crop in training, centre crop otherwise; 1
     # keeps the whole image. Source: NVlabs, IMAGE.crop_img.
     crop_ratio: float = 0.875
@@ -239,6 +243,14 @@ class VLA0Config(PreTrainedConfig):
         if unknown:
             raise ValueError(
                 f"cameras={self.cameras!r} names {unknown}, which are not there. Present: {present}."
+            )
+        shapes = {key: tuple(self.image_features[key].shape) for key in self.camera_keys}
+        bad = [key for key, shape in shapes.items() if 3 not in (shape[0], shape[-1])]
+        if bad:
+            colour = [key for key in shapes if key not in bad]
+            raise ValueError(
+                f"the camera {bad[0]} has shape {shapes[bad[0]]}: a depth or grey camera cannot be shown. "
+                f"Choose the others with --policy.cameras='[{', '.join(colour)}]'."
             )
         if self.use_state and self.robot_state_feature is None:
             raise ValueError(

@@ -184,6 +184,16 @@ def test_quantiles_are_accepted():
         ),
         (
             {
+                "input_features": {
+                    "observation.images.colour": PolicyFeature(FeatureType.VISUAL, (3, 64, 64)),
+                    "observation.images.depth": PolicyFeature(FeatureType.VISUAL, (1, 64, 64)),
+                }
+            },
+            r"camera observation.images.depth has shape \(1, 64, 64\): .*"
+            r"--policy.cameras='\[observation.images.colour\]'",
+        ),
+        (
+            {
                 "use_state": True,
                 "input_features": {"observation.images.a": PolicyFeature(FeatureType.VISUAL, (3, 64, 64))},
             },
