@@ -10,7 +10,11 @@ from pathlib import Path
 
 from lerobot.configs import PreTrainedConfig
 from lerobot.optim import AdamWConfig
-from lerobot.optim.schedulers import ConstantWithWarmupSchedulerConfig
+from lerobot.optim.schedulers import (
+    ConstantWithWarmupSchedulerConfig,
+    CosineDecayWithWarmupSchedulerConfig,
+    LRSchedulerConfig,
+)
 
 from .config_types import (
     DTYPES,
@@ -21,6 +25,7 @@ from .config_types import (
     FormatVersion,
     Names,
     Normalizations,
+    check_features,
     reasons_shown,
 )
 
@@ -49,7 +54,8 @@ ALLOWED = {
     "ensemble_size": (lambda v: v >= 1, "at least 1"),
     "ensemble_weight": (lambda v: 0 < v <= 1, "in (0, 1]"),
     "draft_length": (lambda v: v is None or 0 <= v <= 63, "None or in 0..63"),
-    **dict.fromkeys(["scheduler_warmup_steps", "temperature"], AT_LEAST_0),
+    **dict.fromkeys(["scheduler_warmup_steps", "scheduler_decay_steps", "scheduler_decay_lr"], AT_LEAST_0),
+    **dict.fromkeys(["temperature", "empty_cameras"], AT_LEAST_0),
     "server": (lambda v: v is None or re.match("https?://", v), "a URL that begins with http:// or https://"),
 }
 
@@ -96,6 +102,9 @@ class VLA0Config(PreTrainedConfig):
     # Image keys in the order in which they are shown, as in '[observation.images.front,
     # observation.images.wrist]'; None takes all of the data set, in its order.
     cameras: Names | None = None
+    # Cameras of the checkpoint that may be missing where it acts or is trained on; the model sees a black
+    # picture in the place of each. At least 0; others that are missing are an error.
+    empty_cameras: int = 0
     # Side in pixels that each camera is resized to: a multiple of 28 for Qwen2.5-VL, Qwen2-VL and InternVL,
     # of 32 for Qwen3-VL, of 64 for SmolVLM2 (2.2B: 42); 896 for Gemma 3. Source: NVlabs, IMAGE.img_size.
     image_size: int = 224
@@ -132,6 +141,13 @@ class VLA0Config(PreTrainedConfig):
     normalization_mapping: Normalizations = field(
         default_factory=lambda: {"VISUAL": IDENTITY, "STATE": MIN_MAX, "ACTION": MIN_MAX}
     )
+    # The model writes actions minus the state that it sees, as LeRobot's pi0 with this field. Needs
+    # observation.state with the action's joints, in the same order, at its beginning.
+    use_relative_actions: bool = False
+    # Dimensions that stay absolute: those of whose name in action_feature_names one of these is a part.
+    relative_exclude_joints: Names = field(default_factory=lambda: ["gripper"])
+    # Names of the action's dimensions; taken from the data set in training.
+    action_feature_names: Names | None = None
     # Append the robot's state to the instruction, as integers 0..num_bins. The paper gives the model none.
     use_state: bool = False
     # Observations shown to the model; only 1 is allowed. Source: NVlabs, history.
@@ -166,8 +182,12 @@ class VLA0Config(PreTrainedConfig):
     optimizer_weight_decay: float = 1e-10
     # Largest norm of the gradient; 0 does not clip. Source: vla0-trl, which does better with clipping.
     optimizer_grad_clip_norm: float = 1.0
-    # Steps of linear warm-up to the constant learning rate, at least 0. Source: NVlabs, EXP.LR_SCHED (none).
+    # Steps of linear warm-up to the learning rate, at least 0. Source: NVlabs, EXP.LR_SCHED (none).
     scheduler_warmup_steps: int = 0
+    # Steps of a cosine down to scheduler_decay_lr, which shorter runs shorten; 0: constant learning rate.
+    scheduler_decay_steps: int = 0
+    # Learning rate at the end of the cosine, at least 0.
+    scheduler_decay_lr: float = 4e-6
     # Recompute activations in the backward pass: less memory, about a third more time.
     gradient_checkpointing: bool = False
     # Load the language model of `vlm` in 4 bits, to train an adapter on it (QLoRA, arXiv 2305.14314: with
@@ -220,6 +240,11 @@ class VLA0Config(PreTrainedConfig):
                     f"ensemble_size={self.ensemble_size} has nothing to average: n_action_steps="
                     f"{self.n_action_steps} executes the whole chunk. Lower n_action_steps, for example to 1."
                 )
+            by_task = self.use_relative_actions and self.action_norm == "task"
+            _check("use_relative_actions", by_task, lambda v: not v, "False with action_norm='task'")
+            decay, warmup = self.scheduler_decay_steps, self.scheduler_warmup_steps
+            what = f"0, or more than scheduler_warmup_steps ({warmup})"
+            _check("scheduler_decay_steps", decay, lambda v: not v or v > warmup, what)
             streamed = self.stream and self.ensemble_size > 1
             _check("stream", streamed, lambda v: not v, "False with ensemble_size > 1")
             for kind, modes in NORMALIZATIONS.items():
@@ -228,35 +253,7 @@ class VLA0Config(PreTrainedConfig):
 
     def validate_features(self) -> None:
         """Checks input and output features, which LeRobot fills in from the data set or environment."""
-        inputs, outputs = sorted(self.input_features or {}), sorted(self.output_features or {})
-        if self.action_feature is None:
-            raise ValueError(f"VLA-0 needs an `action` feature; the data set or environment has {outputs}.")
-        if len(self.action_feature.shape) != 1:
-            raise ValueError(f"action must be a vector, got shape {tuple(self.action_feature.shape)}.")
-        present = sorted(self.image_features)
-        if not present:
-            raise ValueError(
-                f"VLA-0 needs at least one camera: no image feature among {inputs}. Use a data set or "
-                "environment with images."
-            )
-        unknown = [key for key in self.cameras or [] if key not in present]
-        if unknown:
-            raise ValueError(
-                f"cameras={self.cameras!r} names {unknown}, which are not there. Present: {present}."
-            )
-        shapes = {key: tuple(self.image_features[key].shape) for key in self.camera_keys}
-        bad = [key for key, shape in shapes.items() if 3 not in (shape[0], shape[-1])]
-        if bad:
-            colour = [key for key in shapes if key not in bad]
-            raise ValueError(
-                f"the camera {bad[0]} has shape {shapes[bad[0]]}: a depth or grey camera cannot be shown. "
-                f"Choose the others with --policy.cameras='[{', '.join(colour)}]'."
-            )
-        if self.use_state and self.robot_state_feature is None:
-            raise ValueError(
-                f"use_state=True needs the feature observation.state; present are {inputs}. Set "
-                "use_state=false."
-            )
+        check_features(self)
 
     def _save_pretrained(self, save_directory: Path) -> None:
         saved = copy.copy(self)
@@ -269,6 +266,10 @@ class VLA0Config(PreTrainedConfig):
         return list(self.cameras or self.image_features)
 
     @property
+    def needs_state(self) -> bool:
+        return self.use_state or self.use_relative_actions
+
+    @property
     def jitter(self) -> tuple[float, float, float, float]:
         return self.jitter_brightness, self.jitter_contrast, self.jitter_saturation, self.jitter_hue
 
@@ -276,8 +277,15 @@ class VLA0Config(PreTrainedConfig):
         names = ("lr", "betas", "eps", "weight_decay", "grad_clip_norm")
         return AdamWConfig(**{name: getattr(self, f"optimizer_{name}") for name in names})
 
-    def get_scheduler_preset(self) -> ConstantWithWarmupSchedulerConfig | None:
-        steps = self.scheduler_warmup_steps
+    def get_scheduler_preset(self) -> LRSchedulerConfig | None:
+        steps, decay = self.scheduler_warmup_steps, self.scheduler_decay_steps
+        if decay:
+            return CosineDecayWithWarmupSchedulerConfig(
+                num_warmup_steps=steps,
+                num_decay_steps=decay,
+                peak_lr=self.optimizer_lr,
+                decay_lr=self.scheduler_decay_lr,
+            )
         return ConstantWithWarmupSchedulerConfig(num_warmup_steps=steps) if steps else None
 
     # What LeRobot loads around a frame: no other observations, no rewards, a chunk of actions.

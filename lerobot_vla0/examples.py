@@ -17,6 +17,7 @@ from .action_codec import ActionCodec
 from .configuration_vla0 import VLA0Config
 from .images import fitted, prepare_images
 from .prompt import ChatFormatter
+from .relative import ORIGIN
 from .task_stats import TASK_RANGE
 
 MAX_INTEGERS = 8192  # of a prediction: far beyond any use. What a file asks for must not fill the memory.
@@ -41,6 +42,7 @@ class Observation:
     tasks: list[str]
     state: Tensor | None  # (B, S), normalised to [-1, 1]; None if the policy does not use it
     task_range: Tensor | None  # (B, 2, D), see task_stats.TASK_RANGE; None with action_norm="dataset"
+    origin: Tensor | None = None  # (B, D), relative.ORIGIN in bins; None where actions are absolute
 
     def __len__(self) -> int:
         return len(self.tasks)
@@ -52,6 +54,7 @@ class Observation:
             [self.tasks[row] for row in rows],
             None if self.state is None else self.state[rows],
             None if self.task_range is None else self.task_range[rows],
+            None if self.origin is None else self.origin[rows],
         )
 
 
@@ -112,6 +115,7 @@ class ExampleMaker:
             add_vision_id=config.add_vision_id,
         )
         self.codec = ActionCodec(config.num_bins)
+        self._missing: list[str] = []  # cameras of the last warning
         self._trained_on: set[str] = set()  # cameras whose first batch has been checked
 
     def check(self, batch: dict[str, Any]) -> Observation:
@@ -122,15 +126,23 @@ class ExampleMaker:
         """
         config, keys = self.config, self.config.camera_keys
         missing = [key for key in keys if key not in batch]
-        if missing:
+        if len(missing) > min(config.empty_cameras, len(keys) - 1):
             present = sorted(key for key in batch if key.startswith("observation.image"))
             raise ValueError(
                 f"the batch lacks the camera images {missing}; it has {present}. Rename cameras with "
-                "--rename_map, or train on the cameras that the robot or environment has "
-                "(--policy.cameras)."
+                "--rename_map, train on the cameras that the robot or environment has (--policy.cameras), or "
+                f"show black pictures instead (--policy.empty_cameras={len(missing)}, at most all but one)."
             )
+        keys = [key for key in keys if key not in missing]
         for key in keys:
             self._check_images(key, batch[key])
+        if missing and missing != self._missing:
+            self._missing = missing
+            logging.warning(
+                f"the cameras {missing} are not there: the model sees black pictures "
+                f"(empty_cameras={config.empty_cameras})."
+            )
+        black = {key: torch.zeros_like(batch[keys[0]]) for key in missing}
         if batch.get("task") is None:
             raise ValueError(
                 "the batch has no 'task': VLA-0 needs one instruction per row. Use a data set whose "
@@ -161,11 +173,17 @@ class ExampleMaker:
                 f"the batch has no {TASK_RANGE!r}, by which action_norm='task' reads integers. Pass the "
                 "batch through the policy's preprocessor first."
             )
+        if config.use_relative_actions and ORIGIN not in batch:
+            raise ValueError(
+                f"the batch has no {ORIGIN!r}, which use_relative_actions=True needs. Pass the batch, with "
+                f"{OBS_STATE!r}, through the policy's preprocessor first."
+            )
         return Observation(
-            [batch[key] for key in keys],
+            [black[key] if key in black else batch[key] for key in config.camera_keys],
             tasks,
             state,
             batch[TASK_RANGE] if by_task else None,
+            batch[ORIGIN] * (config.num_bins / 2) if config.use_relative_actions else None,
         )
 
     def _check_images(self, key: str, images: Any) -> None:

@@ -133,6 +133,10 @@ def action_spec(folder: Path, config: VLA0Config, chat: Any) -> dict[str, Any]:
         "reading": "integers, timestep after timestep: x = integer / num_bins * 2 - 1 in [-1, 1], then "
         "undo `normalization` with `statistics`"
         + (", which depend on the task (vla0_task_*)" if config.action_norm == "task" else ""),
+        "relative": "add the state of the picture's moment, unless a name of the action contains one of "
+        f"{list(config.relative_exclude_joints)}: {config.action_feature_names}"
+        if config.use_relative_actions
+        else None,
         "statistics": statistics,
         "checkpoint": {
             "files": {str(f.relative_to(folder)): json.loads(f.read_text()) for f in sorted(files)},
