@@ -100,6 +100,38 @@ def test_training_looks_at_the_first_pictures_of_each_camera(value, tiny_vlm, po
             examples.pictures(examples.check(batch), torch.Generator())
 
 
+@pytest.mark.parametrize("tile", [True, False])
+def test_empty_cameras_are_black(tile, tiny_vlm, policy, caplog):
+    """In their place in the picture, also where the others are jittered."""
+    examples = ExampleMaker(make_config(tiny_vlm, empty_cameras=1, tile_images=tile), policy.vlm_processor)
+    whole = observation(make_batch(rows=2))
+    for position, key in enumerate(("observation.images.image", "observation.images.image2")):
+        caplog.clear()
+        batch = {name: value for name, value in whole.items() if name != key}
+        for generator in (None, torch.Generator().manual_seed(0)):
+            out = examples.pictures(examples.check(batch), generator)
+            halves = torch.cat(list(out.unbind(1)), -1).unflatten(-1, (2, 56))
+            assert (halves[..., position, :] == 0).all() and (halves[..., 1 - position, :] > 0).any()
+        expected = examples.pictures(examples.check(whole), None)
+        halves = torch.cat(list(expected.unbind(1)), -1).unflatten(-1, (2, 56))
+        halves[..., position, :] = 0
+        out = examples.pictures(examples.check(batch), None)
+        assert torch.equal(torch.cat(list(out.unbind(1)), -1).unflatten(-1, (2, 56)), halves)
+        assert caplog.text.count(f"the cameras ['{key}'] are not there: the model sees black pictures") == 1
+
+
+@pytest.mark.parametrize("empty", [0, 1, 2])
+def test_more_cameras_are_missing_than_may_be(empty, tiny_vlm, policy):
+    """Never all of them."""
+    examples = ExampleMaker(make_config(tiny_vlm, empty_cameras=empty), policy.vlm_processor)
+    batch = observation(make_batch(rows=1))
+    del batch["observation.images.image"]
+    if empty:
+        del batch["observation.images.image2"]
+    with pytest.raises(ValueError, match="lacks the camera images .*--policy.empty_cameras"):
+        examples.check(batch)
+
+
 def test_state_that_is_no_tensor_is_named(tiny_vlm, processors):
     from conftest import make_config
 
