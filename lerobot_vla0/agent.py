@@ -15,6 +15,7 @@ from lerobot.utils.constants import OBS_STATE
 from torch import Tensor
 
 from .configuration_vla0 import VLA0Config
+from .decoding.chunk_decoder import EpisodeState
 from .modeling_vla0 import VLA0Policy
 from .options import load_policy_config, override_arguments
 from .processor_vla0 import load_processors
@@ -108,6 +109,27 @@ class Agent:
         batch, is_vector = self._batch(observation, task)
         actions = self.postprocess(self.policy.select_action(self.preprocess(batch))).numpy()
         return actions if is_vector else actions[0]
+
+    @torch.inference_mode()
+    def act_chunk(
+        self, observation: dict[str, Any], tasks: Sequence[str], episodes: list[EpisodeState]
+    ) -> np.ndarray:
+        """The next `n_action_steps` actions of each of B environments, float32 (B, n, D). The environments
+        may be others at every call, and differ in their progress.
+
+        Args:
+            observation, tasks: as for `act`, of a vector.
+            episodes: what is remembered of each environment's episode, changed here; new ones are made by
+                `policy.decoder.new_episodes`.
+        """
+        batch, _ = self._batch(observation, tasks)
+        with self.policy._lock:
+            self.policy._action_queue = episodes
+            actions = [self.policy.select_action(self.preprocess(batch))]  # decodes a chunk, queues the rest
+            self.policy.reset()
+        while episodes[0].actions:
+            actions.append(torch.stack([episode.actions.popleft() for episode in episodes]))
+        return self.postprocess(torch.stack(actions, dim=1)).numpy()
 
     def _batch(self, observation: dict[str, Any], task: str | Sequence[str]) -> tuple[dict[str, Any], bool]:
         """The preprocessor's batch, and whether it is of a vector of environments."""

@@ -5,8 +5,6 @@ training with PEFT, adapter_model.safetensors and adapter_config.json take the p
 """
 
 import logging
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -24,7 +22,7 @@ from lerobot.utils.constants import (
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .files import check_kinds, file_inside, read_json, reading
+from .files import check_kinds, file_inside, not_found, read_json, reading
 from .task_stats import STATISTICS, check_action_statistics, check_state_statistics
 
 VLM_FOLDER = "vlm"  # config, tokenizer and image processor of the VLM
@@ -56,30 +54,6 @@ OWN_STEPS.append(f"{__package__}.relative.relative_actions_processor")
 MAX_EPS = 1e-3
 # Arguments of `from_pretrained` that are handed to the Hub's client.
 HUB_OPTIONS = ("force_download", "cache_dir", "local_files_only", "token")
-
-
-@contextmanager
-def new_folder(out: str | Path) -> Iterator[Path]:
-    """Gives a folder to write into. It is renamed to `out` when the block ends, and removed if it fails.
-
-    Raises:
-        FileExistsError: `out` exists and is not empty.
-    """
-    out = Path(out)
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise FileExistsError(
-            f"out={str(out)!r} exists and is not empty. Choose another folder or remove it."
-        )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    # Beside `out`, because a folder can only be renamed within one file system.
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}-partial-", dir=out.parent))
-    try:
-        partial.chmod(0o755)  # mkdtemp gives access to the owner only
-        yield partial
-        partial.replace(out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 @contextmanager
@@ -124,10 +98,7 @@ def find_config(path: str | Path, **hub: Any) -> Path:
     try:
         return Path(hf_hub_download(str(path), "config.json", **hub))
     except (OSError, ValueError) as error:
-        raise FileNotFoundError(
-            f"{str(path)!r} is neither a folder nor a Hub repo that can be read "
-            f"({str(error).splitlines()[0]})."
-        ) from error
+        raise FileNotFoundError(not_found(path, error)) from error
 
 
 def find_checkpoint(path: str | Path, *, weights: bool = True, **hub: Any) -> Checkpoint:
@@ -313,9 +284,13 @@ def _check_settings(config: PreTrainedConfig, processor: Path) -> None:
 def _statistics(processor: Path) -> dict[str, dict[str, Tensor]]:
     """Those of a saved processor's normaliser, {feature: {statistic: values}}."""
     folder, stats = processor.parent, {}
-    for step in read_json(processor)["steps"]:
+    with reading(processor):
         # LeRobot's step has a registry name; ours of `action_norm="task"` the name of its class.
-        name, state_file = step.get("registry_name") or step.get("class", ""), step.get("state_file")
+        steps = [
+            (step.get("registry_name") or step.get("class", ""), step.get("state_file"))
+            for step in read_json(processor)["steps"]
+        ]
+    for name, state_file in steps:
         if not name.endswith("normalizer_processor") or state_file is None:
             continue
         if not (folder / state_file).is_file():

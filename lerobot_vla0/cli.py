@@ -7,6 +7,9 @@ import sys
 from pkgutil import resolve_name
 
 from draccus.utils import DraccusException
+from httpx import HTTPError  # no network, as huggingface_hub reports it
+from safetensors import SafetensorError
+from yaml import YAMLError
 
 from .options import parse_options
 
@@ -17,6 +20,7 @@ COMMANDS = {
     "record": ("demo.record:record", "record episodes of a scripted expert"),
     "bench decode": ("bench.decode:bench_decode", "measure decoding against Transformers' generate"),
     "bench train": ("bench.train:bench_train", "measure a training step against sample by sample"),
+    "bench eval": ("bench.eval:bench_eval", "measure episodes of LIBERO per minute"),
     "merge": ("convert.merge:merge", "fold a LoRA adapter into a full checkpoint"),
     "import": (
         "convert.import_checkpoint:main",
@@ -31,15 +35,20 @@ COMMANDS = {
 USAGE = "usage: lerobot-vla0 COMMAND [--option=value ...]\n\ncommands:\n" + "\n".join(
     f"  {name:12} {text}" for name, (_, text) in COMMANDS.items()
 )
-# What a user can mend: shown as one message, without a traceback.
+# What a user can mend: shown as one message, without a traceback. A mistake in a file or a value is a
+# ValueError or a parser's own error, one in a place an OSError. KeyError, TypeError, AttributeError and the
+# like keep their traceback: they are mistakes of this program. Where a damaged file could cause them, it is
+# read within `files.reading`, which turns them into a ValueError that names file and field.
 USER_ERRORS = (
     argparse.ArgumentError,
     DraccusException,
-    FileExistsError,
-    FileNotFoundError,
+    HTTPError,
     ImportError,
+    OSError,
     RuntimeError,
+    SafetensorError,
     ValueError,
+    YAMLError,
 )
 
 
@@ -61,8 +70,12 @@ def main(argv: list[str] | None = None) -> None:
         if parameter.annotation != list[str]:
             options = parse_options(parameter.annotation, f"lerobot-vla0 {name}", options)
         function(options)
+    except NotImplementedError:
+        raise  # a RuntimeError, but none that a user can mend
     except USER_ERRORS as error:
         sys.exit(f"lerobot-vla0 {name}: {error}")
+    except SystemExit as stop:
+        sys.exit(1 if stop.code == 2 else stop.code)  # 2: argparse has shown its message
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+from huggingface_hub.errors import StrictDataclassError  # Transformers' configs
 
 # What a full disk says, or a limit on it. As texts: not all writers (safetensors, tokenizers) raise OSError.
 DISK_FULL = [os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)]
@@ -44,8 +45,6 @@ def check_place(out: str | Path, kind: Literal["new folder", "folder", "file"], 
         elif os.path.lexists(place) and not place.is_dir():
             raise FileExistsError(f"{shown} is there and is no folder. Choose another folder or remove it.")
         elif kind == "new folder" and place.is_dir():
-            if any(place.iterdir()):
-                raise FileExistsError(f"{shown} exists and is not empty. Choose another folder or remove it.")
             # The result is renamed to `out`, which these do not allow.
             for wrong, what in (
                 (place.is_symlink(), "a symbolic link"),
@@ -54,6 +53,8 @@ def check_place(out: str | Path, kind: Literal["new folder", "folder", "file"], 
             ):
                 if wrong:
                     raise FileExistsError(f"{shown} is {what}. Name a new folder in it.")
+            if any(place.iterdir()):
+                raise FileExistsError(f"{shown} exists and is not empty. Choose another folder or remove it.")
         parent = place if kind == "folder" else place.parent
         while not os.path.lexists(parent):
             parent = parent.parent
@@ -154,8 +155,9 @@ def reading(file: str | Path) -> Iterator[None]:
         raise ValueError(f"{file} is damaged: the field {error} is missing.") from error
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
         raise ValueError(f"{file} is damaged ({' '.join(str(error).split())}).") from error
-    except (TypeError, AttributeError, IndexError) as error:
-        raise ValueError(f"{file} is damaged: a field has a value of the wrong type ({error}).") from error
+    except (TypeError, AttributeError, IndexError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{file} is damaged: a field has a value of the wrong type ({reason}).") from error
 
 
 def read_json(file: str | Path) -> dict[str, Any]:

@@ -11,11 +11,14 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
+from httpx import HTTPError
 from lerobot.configs import FeatureType
+from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
 from lerobot.utils.constants import ACTION, OBS_STATE
 from lerobot.utils.feature_utils import dataset_to_policy_features
 
 from .configuration_vla0 import VLA0Config
+from .files import reading
 from .relative import take_relative_statistics
 from .task_stats import (
     STATISTICS,
@@ -25,6 +28,25 @@ from .task_stats import (
     frame_files,
     vectors,
 )
+
+
+def read_metadata(repo_id: str, root: Path | str | None, **hub: Any) -> LeRobotDatasetMetadata:
+    """LeRobot's metadata of a data set, downloaded if it is on the Hub.
+
+    Args:
+        root: folder of a local one, or to download to.
+        hub: revision, repo_type.
+
+    Raises:
+        ValueError: it is neither there nor on the Hub, or damaged.
+    """
+    named = f"dataset.repo_id={repo_id!r}" if root is None else f"dataset.root={str(root)!r}"
+    try:
+        with reading(root or repo_id):
+            return LeRobotDatasetMetadata(repo_id, root=root, **hub)
+    except (OSError, ValueError, HTTPError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{named}: no data set could be read there ({reason}).") from error
 
 
 def prepare_data(config: VLA0Config, meta: Any) -> None:
@@ -41,6 +63,7 @@ def prepare_data(config: VLA0Config, meta: Any) -> None:
     """
     _take_features(config, meta.features)
     config.validate_features()
+    _take_names(config, meta.features.get(ACTION, {}).get("names"))
     _check_tasks(meta)
     files = frame_files(meta)
     if not files:
@@ -63,11 +86,15 @@ def _take_features(config: VLA0Config, features: dict[str, dict]) -> None:
     state = {key: data.get(key, inputs.get(key)) for key in [OBS_STATE] if config.needs_state}
     cameras = {key: feature for key, feature in inputs.items() if feature.type is FeatureType.VISUAL}
     config.input_features = cameras | {key: feature for key, feature in state.items() if feature}
-    names = features.get(ACTION, {}).get("names")
+
+
+def _take_names(config: VLA0Config, names: Any) -> None:
+    """Names of the action's dimensions, which older data have in groups; LeRobot takes the groups' names."""
     if isinstance(names, dict) and all(isinstance(group, list) for group in names.values()):
-        names = [name for group in names.values() for name in group]  # LeRobot takes the groups' names
-    sizes = {len(names or []), *(config.action_feature.shape if config.action_feature else ())}
-    config.action_feature_names = list(map(str, names)) if names and len(sizes) == 1 else None
+        names = [name for group in names.values() for name in group]
+    dim = config.action_feature.shape[0]
+    given = (list(map(str, x)) for x in (names, config.action_feature_names) if x and len(x) == dim)
+    config.action_feature_names = next(given, None)
 
 
 def _check_tasks(meta: Any) -> None:

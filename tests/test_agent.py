@@ -54,6 +54,31 @@ def test_overrides(checkpoint):
     assert agent.policy.config.n_action_steps == 2 and len(agent.policy._action_queue[0].actions) == 1
 
 
+def test_chunks_of_environments_that_differ_in_progress(checkpoint):
+    """The second environment joins when the first has had a chunk; each gets what it gets alone, also with
+    earlier chunks averaged in."""
+    settings = {"device": "cpu", "n_action_steps": 2, "ensemble_size": 2}
+    agent = lerobot_vla0.Agent.from_pretrained(checkpoint, **settings)
+    alone = [lerobot_vla0.Agent.from_pretrained(checkpoint, **settings) for _ in range(2)]
+    episodes = [agent.policy.decoder.new_episodes(2)[0] for _ in range(2)]
+    for seed, playing in enumerate([[0], [0, 1], [1, 0]]):
+        batch = observation(make_batch(rows=2, seed=seed))
+        seen = {"pixels": images(batch), "agent_pos": batch["observation.state"].numpy()}
+        rows = {
+            "pixels": {key: image[playing] for key, image in seen["pixels"].items()},
+            "agent_pos": seen["agent_pos"][playing],
+        }
+        tasks = [batch["task"][row] for row in playing]
+        chunks = agent.act_chunk(rows, tasks, [episodes[row] for row in playing])
+        assert chunks.shape == (len(playing), 2, 7) and chunks.dtype == np.float32
+        for row, chunk, task in zip(playing, chunks, tasks, strict=True):
+            one = {
+                "pixels": {k: v[row] for k, v in seen["pixels"].items()},
+                "agent_pos": seen["agent_pos"][row],
+            }
+            assert np.allclose(chunk, [alone[row].act(one, task) for _ in range(2)])
+
+
 def test_images_in_the_wrong_form(checkpoint):
     agent = lerobot_vla0.Agent.from_pretrained(checkpoint, device="cpu")
     with pytest.raises(ValueError, match="image 'image' must be a uint8 array .* got float32"):

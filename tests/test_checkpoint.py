@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 
 from lerobot_vla0 import Agent
 from lerobot_vla0 import checkpoint as module
-from lerobot_vla0.checkpoint import new_folder
 from lerobot_vla0.cli import main
 from lerobot_vla0.configuration_vla0 import FORMAT_VERSION
 from lerobot_vla0.modeling_vla0 import VLA0Policy
@@ -72,20 +71,6 @@ def test_format_version_is_optional_and_a_number(edited):
 def test_format_version_that_is_none(version, edited):
     with pytest.raises(DecodingError, match=f"format_version.*{version!r} is not allowed"):
         PreTrainedConfig.from_pretrained(edited(format_version=version))
-
-
-def test_new_folder_is_whole_or_absent(tmp_path):
-    (tmp_path / "out").mkdir()  # empty
-    with new_folder(tmp_path / "out") as folder:
-        (folder / "file").write_text("content")
-        assert not any((tmp_path / "out").iterdir())
-    assert [p.name for p in tmp_path.iterdir()] == ["out"] and (tmp_path / "out/file").is_file()
-    with pytest.raises(FileExistsError, match="exists and is not empty"), new_folder(tmp_path / "out"):
-        pytest.fail("must not begin")
-    with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "deep/other") as folder:
-        (folder / "file").write_text("content")
-        raise KeyboardInterrupt
-    assert list((tmp_path / "deep").iterdir()) == []
 
 
 # ---------------------------------------------------------------------------------- numbers that move a robot
@@ -238,7 +223,7 @@ def nothing_is_called():
 
 HOSTILE = {
     "function": {"class": "os.system", "config": {"command": f"touch {MARK}"}},
-    "function of this package": {"class": "lerobot_vla0.checkpoint.new_folder", "config": {"out": str(MARK)}},
+    "function of this package": {"class": "lerobot_vla0.files.new_folder", "config": {"out": str(MARK)}},
     "module of the checkpoint": {"class": "evil.Step", "config": {}},
     "LeRobot's class by its path": {
         "class": "lerobot.processor.RenameObservationsProcessorStep",

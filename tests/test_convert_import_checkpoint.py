@@ -503,7 +503,7 @@ def test_occupied_folder_and_unknown_source(trl, tmp_path, monkeypatch):
 
 def test_interrupted_import_leaves_nothing(trl, tmp_path, monkeypatch):
     def stop(*_, **__):
-        assert list(tmp_path.glob(".ours-partial-*/model.safetensors"))
+        assert list(tmp_path.glob(".ours-partial-*/ours/model.safetensors"))
         raise KeyboardInterrupt
 
     monkeypatch.setattr(module, "check_checkpoint", stop)

@@ -1,6 +1,13 @@
+import json
+import sys
+import time
+from pathlib import Path
+
 import numpy as np
+import psutil
 import pytest
 
+from lerobot_vla0.demo import record as module
 from lerobot_vla0.demo.record import RecordConfig, features, record
 
 pytestmark = pytest.mark.slow
@@ -47,8 +54,54 @@ def test_no_ops_are_left_out(libero_dataset):
 
 
 def test_never_overwrites(libero_dataset):
-    with pytest.raises(FileExistsError, match="exists. Choose another folder"):
+    with pytest.raises(FileExistsError, match="exists and is not empty. Choose another"):
         record(RecordConfig(out=libero_dataset))
+
+
+def test_what_ends_a_recording_keeps_its_episodes(tmp_path, throw_away, monkeypatch):
+    """After the first episode; before it, nothing is left that would block the next try."""
+    out, calls, play = tmp_path / "data", [], module.play_episode
+
+    def stop(config, task, episode):
+        calls.append(episode)
+        if len(calls) != 2:
+            raise KeyboardInterrupt
+        return play(config, task, episode)
+
+    monkeypatch.setattr(module, "play_episode", stop)
+    config = RecordConfig(out=out, tasks=[7], assets="primitive", image_size=64, video=True)
+    with pytest.raises(KeyboardInterrupt):
+        record(config)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(KeyboardInterrupt):
+        record(config)
+    assert calls == [0, 0, 1] and [path.name for path in tmp_path.iterdir()] == ["data"]
+    assert load(out).num_episodes == 1 and load(out)[0]["observation.images.image"].shape == (3, 64, 64)
+    info = json.loads((out / "recording.json").read_text())
+    assert info["tried"] == 1 and info["episodes"] == [{"task_id": 7, "init_state": 0}]
+
+
+def test_workers_end_with_a_killed_recording(tmp_path, process_env):
+    script = Path(sys.executable).with_name("lerobot-vla0")
+    options = [f"--out={tmp_path}/data", "--tasks=[7]", "--episodes=4", "--workers=2", "--assets=primitive"]
+    process = psutil.Popen([script, "record", *options], env=process_env)
+
+    def workers() -> list[psutil.Process]:
+        return [child for child in process.children() if "spawn_main" in " ".join(child.cmdline())]
+
+    def plays(worker: psutil.Process) -> bool:
+        return any("mujoco" in library.path for library in worker.memory_maps())
+
+    deadline = time.monotonic() + 300
+    while len(started := workers()) < 2 or not all(map(plays, started)):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.2)
+    process.kill()
+    process.wait()
+    gone, alive = psutil.wait_procs(started, timeout=60)  # they waited for ever
+    for worker in alive:
+        worker.kill()
+    assert len(gone) == 2 and not (tmp_path / "data").exists()
 
 
 @pytest.mark.parametrize("overrides", [{"episodes": 0}, {"tasks": []}])

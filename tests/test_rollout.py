@@ -83,3 +83,43 @@ def test_lerobot_rollout(inference, rollout):
     if inference == "rtc":
         # The queue has an action for every tick from the first on.
         assert np.diff(rows[:, 0]).max() < 2 / 2
+
+
+@pytest.mark.slow
+def test_what_a_rollout_records_can_be_trained_on(rollout, tiny_vlm, robot_env, tmp_path):
+    data = tmp_path / "recorded"
+    rollout(
+        "--inference.type=rtc",
+        "--inference.rtc.execution_horizon=16",
+        "--fps=4",
+        "--strategy.type=episodic",
+        "--dataset.repo_id=local/rollout",
+        f"--dataset.root={data}",
+        "--dataset.single_task=put the cube into the box",
+        "--dataset.fps=4",
+        "--dataset.num_episodes=1",
+        "--dataset.episode_time_s=6",
+        "--dataset.reset_time_s=0",
+        "--dataset.push_to_hub=false",
+        "--dataset.rgb_encoder.vcodec=h264",
+    )
+    (found,) = (path.parent.parent for path in tmp_path.rglob("meta/info.json"))
+    info = json.loads((found / "meta/info.json").read_text())
+    assert info["features"]["action"]["names"] == [f"{joint}.pos" for joint in JOINTS]
+    result = run_script(
+        "lerobot-train",
+        "--policy.type=vla0",
+        f"--policy.vlm={tiny_vlm}",
+        "--policy.device=cpu",
+        "--policy.dtype=float32",
+        "--policy.image_size=56",
+        "--policy.push_to_hub=false",
+        "--dataset.repo_id=local/rollout",
+        f"--dataset.root={found}",
+        "--batch_size=2",
+        "--steps=1",
+        "--num_workers=0",
+        f"--output_dir={tmp_path / 'train'}",
+        env=robot_env,
+    )
+    assert (tmp_path / "train/checkpoints/000001/pretrained_model/model.safetensors").is_file(), result.stdout

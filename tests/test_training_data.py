@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +10,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import make_batch, make_config, make_stats, observation, run_script
 from lerobot.configs import FeatureType, PolicyFeature
+from lerobot.datasets import EpisodeAwareSampler, compute_sampler_state
 from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.policies.factory import make_policy, make_pre_post_processors
 from lerobot.utils.collate import lerobot_collate_fn
+from lerobot.utils.utils import cycle
+from torch.utils.data import DataLoader
 
 from lerobot_vla0.modeling_vla0 import VLA0Policy
 from lerobot_vla0.processor_vla0 import load_processors, make_vla0_pre_post_processors
@@ -277,3 +282,19 @@ def test_faults_stop_both_trainers_at_the_start(trainer, root, tiny_vlm, process
     )  # fmt: skip
     assert result.returncode
     assert "action is inf in episode 1, frame 3, dimension 6" in result.stdout
+
+
+def test_lerobot_resumes_the_order_of_frames_in_the_first_epoch_only():
+    """LeRobot 0.6.1 on Accelerate. If the last line fails, a sentence of training/README.md has to go."""
+
+    def batches(step: int) -> list[list[int]]:
+        """Those of two epochs of 6 batches, from a step on."""
+        sampler = EpisodeAwareSampler([0], [12], shuffle=True, seed=0)
+        if step:
+            sampler.load_state_dict(compute_sampler_state(step, len(sampler), 2, 1))
+        loader = Accelerator(cpu=True).prepare(DataLoader(range(12), sampler=sampler, batch_size=2))
+        return [batch.tolist() for batch in islice(cycle(loader), 12 - step)]
+
+    whole = batches(0)
+    assert batches(4) == whole[4:]
+    assert batches(8) != whole[8:]

@@ -355,6 +355,113 @@ def test_push_has_lerobots_layout(arguments, hub, process_env, tmp_path):
     assert pushed.keys() == final.keys() and all(torch.equal(pushed[k], final[k]) for k in final)
 
 
+# -------------------------------------------------------------------------------- resumed, killed, disk full
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_finished_run_is_left_as_it_is(arguments, tmp_path, capsys):
+    """Also past the first epoch, of 12 steps: what is resumed equals an uninterrupted run bit for bit."""
+    run, options = tmp_path / "run", [*arguments, "--save_steps=13", "--resume_from_checkpoint=true"]
+    final = sft(parse([*arguments, "--max_steps=14", "--save_steps=13"]))
+    whole = contents(run)
+    sft(parse([*options, "--max_steps=14"]))
+    shown = capsys.readouterr().out
+    assert f"Resuming from {run}/checkpoint-14, step 14" in shown and "final is unchanged" in shown
+    assert contents(run) == whole
+    shutil.rmtree(final)  # killed before it was written
+    sft(parse([*options, "--max_steps=14"]))
+    assert contents(run) == whole
+    for name in ("final", "checkpoint-14"):
+        shutil.rmtree(run / name)
+    sft(parse([*options, "--max_steps=14"]))
+    assert contents(final)["model.safetensors"] == whole["final/model.safetensors"]
+    sft(parse([*options, "--max_steps=15"]))
+    assert contents(final) != {name: whole[f"final/{name}"] for name in contents(final)}
+    assert json.loads((final / "train_config.json").read_text())["steps"] == 15
+
+
+@pytest.fixture(scope="module")
+def written_run(tiny_dataset, tiny_vlm, tmp_path_factory) -> Path:
+    """A run with checkpoint-1, checkpoint-2 and final."""
+    output = tmp_path_factory.mktemp("sft") / "run"
+    options = [
+        "--use_cpu", f"--dataset.root={tiny_dataset}", "--dataset.repo_id=local/tiny",
+        f"--policy.vlm={tiny_vlm}", "--policy.image_size=56", "--dataloader_num_workers=0", "--max_steps=2",
+        "--save_steps=1", "--disable_tqdm=true", f"--output_dir={output}", "--per_device_train_batch_size=2",
+    ]  # fmt: skip
+    sft(parse(options))
+    return output
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-10])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda last: (last / "trainer_state.json").unlink(),
+        lambda last: (last / "trainer_state.json").write_text(""),
+        lambda last: (last / "trainer_state.json").write_text("[]"),
+        lambda last: (last / "trainer_state.json").write_text("{}"),
+        lambda last: (last / "trainer_state.json").write_bytes(b"\xff"),
+        lambda last: truncate(last / "model.safetensors"),
+        lambda last: (last / "model.safetensors").write_text(""),
+        lambda last: (last / "optimizer.pt").write_text(""),
+        lambda last: truncate(last / "rng_state.pth"),
+        lambda last: shutil.rmtree(last / "vlm"),
+    ],
+)
+def test_takes_the_last_complete_checkpoint(damage, written_run, arguments, tmp_path, capsys, caplog):
+    run = Path(shutil.copytree(written_run, tmp_path / "run"))
+    for name in ("checkpoint-2-backup", "checkpoint-", "checkpoint-x", "checkpoint-10.tmp"):
+        shutil.copytree(run / "checkpoint-2", run / name)
+    training = parse([*arguments, "--resume_from_checkpoint=true"]).training
+    assert module.checkpoint_to_resume(training) == run / "checkpoint-2"
+    damage(run / "checkpoint-2")
+    assert module.checkpoint_to_resume(training) == run / "checkpoint-1"
+    assert f"{run}/checkpoint-2 is not complete: the checkpoint before it is taken" in caplog.text
+    assert f"Resuming from {run}/checkpoint-1, step 1" in capsys.readouterr().out
+    training = parse([*arguments, f"--resume_from_checkpoint={run}/checkpoint-2"]).training
+    with pytest.raises(FileNotFoundError, match="is no complete checkpoint of this trainer"):
+        module.checkpoint_to_resume(training)
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("file write failed")])
+def test_full_disk(error, arguments, tmp_path, monkeypatch):
+    """At a checkpoint, then at the end."""
+
+    def full(*args, **kwargs):
+        raise error
+
+    options = [*arguments, "--max_steps=2", "--save_steps=1"]
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(OSError, match="run/checkpoint-1 could not be written"),
+    ):
+        patch.setattr(torch, "save", full)
+        sft(parse(options))
+    assert list((tmp_path / "run").iterdir()) == []
+    save_model = module.VLA0Trainer.save_model
+
+    def full_at_the_end(self, folder, **internal):
+        save_model(self, folder, **internal)
+        if not internal:
+            raise OSError(28, "No space left on device")
+
+    message = "run/final' could not be written: .*No space left on device. Nothing of it was left"
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=message):
+        patch.setattr(module.VLA0Trainer, "save_model", full_at_the_end)
+        sft(parse(options))
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"checkpoint-1", "checkpoint-2"}
+    sft(parse([*options, "--resume_from_checkpoint=true"]))
+    two = weights(tmp_path / "run/checkpoint-2")
+    assert all(torch.equal(two[k], value) for k, value in weights(tmp_path / "run/final").items())
+
+
 # ------------------------------------------------------------------------------------------------- bad input
 
 

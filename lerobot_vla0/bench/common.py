@@ -1,4 +1,4 @@
-"""What both benchmarks share: policies with random weights, checks of settings, tables and result files."""
+"""What the benchmarks share: policies with random weights, checks of settings, tables and result files."""
 
 import json
 import platform
@@ -13,8 +13,9 @@ import pandas as pd
 import torch
 from lerobot.configs import FeatureType, PolicyFeature
 
-from ..configuration_vla0 import VLA0Config
+from ..configuration_vla0 import DTYPES, VLA0Config
 from ..demo.tiny_vlm import make_config, make_processor
+from ..files import new_file
 from ..modeling_vla0 import VLA0Policy
 
 SMALL_VISION = {
@@ -92,9 +93,24 @@ def check_counts(config: Any, *fields: str) -> None:
             raise ValueError(f"{name}={getattr(config, name)} must be at least 1.")
 
 
+def check_machine(config: Any) -> None:
+    """Raises ValueError for a `dtype`, `device` or `seed` that does not exist, before processes start."""
+    if config.dtype is not None and config.dtype not in DTYPES:
+        raise ValueError(f"dtype={config.dtype!r} is not one of {', '.join(DTYPES)}.")
+    if config.seed < 0:
+        raise ValueError(f"seed={config.seed} must be at least 0.")
+    try:
+        torch.empty(0, device=choose_device(config.device))
+    except (RuntimeError, AssertionError) as error:  # the latter: PyTorch was built without it
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device={config.device!r} is not there ({reason}).") from error
+
+
 def check_names(field: str, given: list[str], known: dict[str, str]) -> None:
-    """Raises ValueError if a name is not known."""
+    """Raises ValueError if a name is not known, or there is none."""
     wrong = [name for name in given if name not in known]
+    if not given:
+        raise ValueError(f"{field}=[] names none of {', '.join(known)}.")
     if wrong:
         raise ValueError(f"{field}={wrong} are not among {', '.join(known)}.")
 
@@ -121,7 +137,6 @@ def write_results(file: Path, config: Any, machine: str, rows: pd.DataFrame, **m
     """Writes measurements, with the versions and settings they were made with, as JSON; returns the same."""
     packages = ("lerobot_policy_vla0", "torch", "torchvision", "transformers")
     result = {
-        "model": str(config.model),
         "machine": machine,
         "versions": {name: version(name) for name in packages},
         "settings": json.loads(json.dumps(asdict(config), default=str)),
@@ -130,6 +145,6 @@ def write_results(file: Path, config: Any, machine: str, rows: pd.DataFrame, **m
             {name: value for name, value in row.items() if pd.notna(value)} for row in rows.to_dict("records")
         ],
     }
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(result, indent=2))
+    with new_file(file) as draft:
+        draft.write_text(json.dumps(result, indent=2))
     return result

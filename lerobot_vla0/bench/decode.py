@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
+from ..files import check_place, new_file
 from ..modeling_vla0 import VLA0Policy
 from ..options import load_policy_config, override_arguments
 from . import common
@@ -60,7 +61,7 @@ def bench_decode(config: BenchDecodeConfig) -> dict[str, Any]:
     Raises:
         ValueError: a name or number that is not allowed, or a workload without its material.
     """
-    names, modes = _check(config), list(config.modes)
+    names, modes, out = _check(config), list(config.modes), check_place(config.out, "folder")
     policy, random = _load_policy(config), np.random.default_rng(config.seed)
     if config.batch_size > 1 and "prompt_lookup" in modes:
         modes.remove("prompt_lookup")
@@ -94,9 +95,8 @@ def bench_decode(config: BenchDecodeConfig) -> dict[str, Any]:
                     ms = 1000 * run.seconds / len(chunks)
                     records.append((workload, mode, repeat, len(chunks), run.passes, ms, same, gap))
     columns = ["workload", "mode", "repeat", "chunks", "passes", "ms", "identical", "gap"]
-    rows = _summarize(pd.DataFrame(records, columns=columns))
+    rows = _summarize(pd.DataFrame(records, columns=columns), policy.config.chunk_size)
     _print_rows(rows)
-    out = Path(config.out)
     result = common.write_results(
         out / "decode.json", config, common.describe(policy), rows, reference_of_identical=reference
     )
@@ -109,7 +109,9 @@ def _check(config: BenchDecodeConfig) -> list[str]:
     """The names of the workloads."""
     common.check_counts(config, "batch_size", "chunks", "repeats")
     common.check_names("modes", config.modes, MODES)
-    common.check_names("workloads", config.workloads or [], WORKLOADS)
+    common.check_machine(config)
+    if config.workloads is not None:
+        common.check_names("workloads", config.workloads, WORKLOADS)
     trained = config.model not in common.SHAPES
     if trained and not Path(config.model).is_dir():
         raise ValueError(
@@ -145,8 +147,9 @@ def _load_policy(config: BenchDecodeConfig) -> VLA0Policy:
     return VLA0Policy.from_pretrained(config.model, config=saved).eval()
 
 
-def _summarize(runs: pd.DataFrame) -> pd.DataFrame:
-    """One row per workload and mode."""
+def _summarize(runs: pd.DataFrame, chunk_size: int) -> pd.DataFrame:
+    """One row per workload and mode. `rtc_fps` is the largest frame rate at which real-time chunking always
+    has an action (see decoding/README.md)."""
     keys = ["workload", "mode"]
     rows = (
         runs[runs["repeat"] == 0]
@@ -162,6 +165,8 @@ def _summarize(runs: pd.DataFrame) -> pd.DataFrame:
     times = runs.groupby(keys, sort=False)["ms"]
     rows = rows.join(times.agg(ms_median="median", ms_min="min", ms_max="max")).reset_index()
     rows["gap"] = rows["gap"].where(rows["identical"] < rows["chunks"])
+    # Decoding may take half of a chunk's timesteps: the robot executes the others meanwhile.
+    rows["rtc_fps"] = 1000 * (chunk_size // 2) / rows["ms_median"]
     rows["speedup"] = rows.groupby("workload")["ms_median"].transform("first") / rows["ms_median"]
     return rows
 
@@ -176,6 +181,7 @@ def _print_rows(rows: pd.DataFrame) -> None:
                     "passes": f"{row.passes:.1f}",
                     "ms per chunk (min–max)": f"{row.ms_median:.0f} ({row.ms_min:.0f}–{row.ms_max:.0f})",
                     "speed": f"{row.speedup:.1f}×",
+                    "fps with RTC": f"{row.rtc_fps:.1f}",
                     "identical": f"{row.identical}/{row.chunks}"
                     + (f", parted by at most {row.gap:.1f} roundings" if pd.notna(row.gap) else ""),
                 }
@@ -204,4 +210,5 @@ def _plot(rows: pd.DataFrame, title: str, file: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].invert_yaxis()
     figure.suptitle(title, fontsize=9)
-    figure.savefig(file, dpi=120)
+    with new_file(file) as draft:
+        figure.savefig(draft, dpi=120)

@@ -8,11 +8,9 @@ weights, the same batch and AdamW on all parameters, and prepare batches in the 
 take turns.
 """
 
-import multiprocessing
 import random
 import resource
 import time
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,8 +25,10 @@ from torch.nn.utils.rnn import pad_sequence
 from torchvision.transforms import v2
 
 from ..examples import augmentation_generator
+from ..files import check_place
 from ..modeling_vla0 import VLA0Policy
 from ..prompt import IGNORE, MASK_CHARACTER
+from ..workers import worker_pool
 from . import common
 
 MODES = {
@@ -75,21 +75,22 @@ def bench_train(config: BenchTrainConfig) -> dict[str, Any]:
     """
     common.check_counts(config, "batch_size", "steps", "repeats")
     common.check_names("modes", config.modes, MODES)
+    common.check_machine(config)
     if config.model not in common.SHAPES:
         raise ValueError(f"model={config.model!r} is none of {', '.join(common.SHAPES)}.")
-    modes = list(config.modes)
+    modes, out = list(config.modes), check_place(config.out, "folder")
     if "per_sample_trl" in modes and find_spec("trl") is None:
         modes.remove("per_sample_trl")
         print('per_sample_trl is left out: it needs trl (pip install "lerobot_policy_vla0[sft]").')
     steps = []
     for mode in modes * config.repeats:
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        with worker_pool(1) as process:
             steps += process.submit(measure, config, common.SHAPES[config.model], mode).result()
     machine = steps[0]["machine"]
     rows = _summarize(pd.DataFrame(steps), config.batch_size)
     print(f"{config.model}: {machine}, batch {config.batch_size}, {rows['steps'][0]} steps each")
     _print_rows(rows)
-    result = common.write_results(Path(config.out) / "train.json", config, machine, rows)
+    result = common.write_results(out / "train.json", config, machine, rows)
     print(f"Wrote {Path(config.out) / 'train.json'}")
     return result
 

@@ -8,6 +8,7 @@ from torch.utils.data import default_collate
 
 from ..modeling_vla0 import VLA0Policy
 from ..processor_vla0 import load_processors, make_vla0_pre_post_processors
+from ..training_data import read_metadata
 from .common import SHAPES
 from .modes import Chunk, answer_tokens, run_mode
 
@@ -75,9 +76,9 @@ def load_pairs(config: Any, policy: VLA0Policy, random: np.random.Generator) -> 
         ValueError: the data set's actions have another dimension than the policy's, or its episodes are too
             short for two consecutive chunks.
     """
-    from lerobot.datasets.lerobot_dataset import LeRobotDataset, LeRobotDatasetMetadata
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
-    meta = LeRobotDatasetMetadata("local/bench", root=config.dataset)
+    meta = read_metadata("local/bench", config.dataset)
     horizon, dim = policy.config.chunk_size, policy.decoder.action_dim
     if meta.shapes["action"] != (dim,):
         raise ValueError(

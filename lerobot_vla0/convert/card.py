@@ -1,7 +1,6 @@
 """The model card, README.md of a checkpoint: LeRobot's, with what LeRobot cannot know of this policy. Every
 push writes it, and so does `lerobot-vla0 card`."""
 
-import json
 import logging
 import re
 from collections import defaultdict
@@ -17,8 +16,9 @@ from lerobot.configs import NormalizationMode, PreTrainedConfig, parser
 from lerobot.utils.constants import ACTION
 from safetensors.torch import load_file
 
-from ..checkpoint import ADAPTER_CONFIG
+from ..checkpoint import ADAPTER_CONFIG, readable
 from ..configuration_vla0 import VLA0Config
+from ..files import check_place, new_file, read_json, reading
 from ..libero.report import read_episodes, table_row
 from ..options import PolicyOptions
 from ..task_stats import STATISTICS
@@ -119,20 +119,24 @@ def write_card(config: CardConfig) -> Path:
     """
     folder = Path(config.require_policy("the card of which checkpoint?").pretrained_path)
     results = None if config.results is None else evaluation(config.results)
-    file = Path(config.out or folder) / "README.md"
+    file = check_place(Path(config.out or folder) / "README.md", "file")
     if file.is_file():
-        text = file.read_text()
+        with reading(file):
+            text = file.read_text(encoding="utf-8")
         if results is not None:
             section = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
             text = section.sub(lambda _: results, text) if section.search(text) else f"{text}\n{results}\n"
     else:
-        training = folder / "train_config.json"
-        training = json.loads(training.read_text()) if training.is_file() else {}
+        training_file = folder / "train_config.json"
+        training = read_json(training_file) if training_file.is_file() else {}
+        for name in ("dataset", "optimizer", "peft"):
+            if not isinstance(training.get(name), dict | None):
+                raise ValueError(f"{training_file} is damaged: {name} is {training[name]!r}, no object.")
         # Read again, because `pretrained_path` of config.policy is the checkpoint itself, not its base.
         saved = PreTrainedConfig.from_pretrained(folder)
         text = str(make_card(saved, training, _saved_range(folder), results=results))
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(text)
+    with new_file(file) as draft:
+        draft.write_text(text, encoding="utf-8")
     print(f"Wrote {file}")
     return file
 
@@ -265,11 +269,15 @@ def evaluation(folder: Path) -> str:
     settings = Path(folder) / "settings.json"
     if not settings.is_file():
         raise FileNotFoundError(f"results={str(folder)!r} is no results folder of `lerobot-vla0 eval`.")
-    settings, episodes = json.loads(settings.read_text()), read_episodes(folder)
+    with reading(folder):
+        return _evaluation(read_json(settings), list(read_episodes(folder).values()), folder)
+
+
+def _evaluation(settings: dict[str, Any], episodes: list[dict[str, Any]], folder: Path) -> str:
     if not episodes:
         raise ValueError(f"results={str(folder)!r} holds no finished episode.")
     suites: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for episode in episodes.values():
+    for episode in episodes:
         suites[episode["suite"]].append(episode)
     lines = [BEGIN, "## Evaluation", ""]
     if settings["stand_in_assets"]:
@@ -282,7 +290,7 @@ def evaluation(folder: Path) -> str:
         table_row(s, str(len({e["task_id"] for e in rows})), rows) for s, rows in sorted(suites.items())
     ]
     if len(suites) > 1:
-        lines.append(table_row("**all**", "", list(episodes.values())))
+        lines.append(table_row("**all**", "", episodes))
     policy = settings["policy"]
     lines += [
         "",
@@ -300,7 +308,8 @@ def _saved_range(folder: Path) -> dict[str, Any]:
     """The action's statistics in a checkpoint's postprocessor."""
     state: dict[str, Any] = {}
     for file in folder.glob("policy_postprocessor_*.safetensors"):
-        state |= load_file(file)
+        with readable(file):
+            state |= load_file(file)
     names = ("min", "max", "q01", "q99", "q10", "q90")
     return {name: state[f"action.{name}"].tolist() for name in names if f"action.{name}" in state}
 

@@ -8,8 +8,9 @@ from typing import Any
 
 from safetensors import safe_open
 
-from ..checkpoint import VLM_FOLDER, find_checkpoint, new_folder
+from ..checkpoint import VLM_FOLDER, find_checkpoint
 from ..configuration_vla0 import VLA0Config
+from ..files import new_folder, read_json
 from ..options import PolicyOptions
 
 ACTION_SPEC = "action_spec.json"
@@ -139,7 +140,7 @@ def action_spec(folder: Path, config: VLA0Config, chat: Any) -> dict[str, Any]:
         else None,
         "statistics": statistics,
         "checkpoint": {
-            "files": {str(f.relative_to(folder)): json.loads(f.read_text()) for f in sorted(files)},
+            "files": {str(f.relative_to(folder)): read_json(f) for f in sorted(files)},
             "state": state,
         },
     }

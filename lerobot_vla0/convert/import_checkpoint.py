@@ -13,8 +13,8 @@ import yaml
 from lerobot.configs import PreTrainedConfig
 from safetensors.torch import save_file
 
-from ..checkpoint import VLM_FOLDER, WEIGHTS, admit_processors, check_checkpoint, new_folder
-from ..files import read_json, reading
+from ..checkpoint import VLM_FOLDER, WEIGHTS, admit_processors, check_checkpoint
+from ..files import new_folder, read_json, reading
 from .card import make_card
 from .export import ACTION_SPEC, SPEC_VERSION
 from .import_nvlabs import LIBERO_CAMERAS, PeerOptions
@@ -51,13 +51,13 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument(
         "--add_vision_id",
-        type=yaml.safe_load,
+        type=yaml_value,
         help='true or false: whether "Picture 1: " stands before the picture (default: as the model was '
         "trained, which config.yaml and the version of Transformers tell)",
     )
     parser.add_argument(
         "--cameras",
-        type=yaml.safe_load,
+        type=yaml_value,
         help="image keys in the order that the model was trained on (default: LIBERO's, "
         f"'[{', '.join(LIBERO_CAMERAS.values())}]')",
     )
@@ -67,6 +67,14 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--image_size", type=int, help="pixels per camera" + unsaid.format(224))
     parser.add_argument("--crop_ratio", type=float, help="share of a picture kept" + unsaid.format(0.875))
     import_checkpoint(**vars(parser.parse_args(argv)))
+
+
+def yaml_value(text: str) -> Any:
+    """A value of the command line; argparse shows this function's name where it is none."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError from error
 
 
 def import_checkpoint(source: str, out: Path, *, revision: str | None = None, **options: Any) -> Path:

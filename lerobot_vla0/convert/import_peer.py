@@ -7,7 +7,6 @@ config.yaml says how the model was trained (import_nvlabs.py). vla0-trl and Tiny
 defaults of their code are taken, and can be corrected by options. A LoRA adapter is merged into its base.
 """
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from lerobot.utils.constants import ACTION
 
 from ..checkpoint import ADAPTER_CONFIG, VLM_FOLDER, WEIGHTS
 from ..configuration_vla0 import VLA0Config
+from ..files import read_json
 from .import_nvlabs import LIBERO_CAMERAS, PeerOptions, nvlabs_settings
 from .import_stats import read_stats
 from .weights import copy_weights, find_folder
@@ -85,7 +85,7 @@ def import_peer(folder: Path, options: PeerOptions, out: Path) -> Imported:
             "Copy tokenizer and preprocessor_config.json of the model that was trained on into it."
         ) from error
     if config_file is not None:
-        version = json.loads((model_folder / "config.json").read_text()).get("transformers_version")
+        version = read_json(model_folder / "config.json").get("transformers_version")
         cameras, dim, settings, why = nvlabs_settings(config_file, options, version)
         origin = "NVlabs/vla0"
     else:
@@ -131,7 +131,7 @@ def _model_folder(folder: Path) -> Path:
         if (path / ADAPTER_CONFIG).is_file():
             return path
         if (path / "config.json").is_file():
-            saved = json.loads((path / "config.json").read_text())
+            saved = read_json(path / "config.json")
             if "model_type" not in saved:
                 kind = saved.get("type")
                 raise ValueError(
@@ -149,7 +149,7 @@ def _model_folder(folder: Path) -> Path:
 
 def _read_adapter(folder: Path, given: str | None) -> dict[str, Any]:
     """Of an adapter: `name` of the model that it was trained on; `base`, where that is; its `revision`."""
-    saved = json.loads((folder / ADAPTER_CONFIG).read_text())
+    saved = read_json(folder / ADAPTER_CONFIG)
     name = saved.get("base_model_name_or_path") or given
     if not name:
         raise ValueError(

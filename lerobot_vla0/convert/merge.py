@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..checkpoint import ADAPTER_CONFIG, new_folder
+from ..checkpoint import ADAPTER_CONFIG
+from ..files import new_folder
 from ..options import PolicyOptions
 
 

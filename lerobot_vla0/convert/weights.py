@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_model
 from torch import nn
 
-from ..files import check_kinds, weight_files
+from ..files import check_kinds, not_found, weight_files
 
 # safetensors' names of the types that weights come in.
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -36,10 +36,7 @@ def find_folder(source: str, revision: str | None, option: str) -> Path:
     try:
         return Path(snapshot_download(source, revision=revision, allow_patterns=FILES))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
-        raise FileNotFoundError(
-            f"{option}={source!r} is neither a folder nor a Hub repo that can be read "
-            f"({str(error).splitlines()[0]})."
-        ) from error
+        raise FileNotFoundError(f"{option}={not_found(source, error)}") from error
 
 
 def copy_weights(folder: Path, file: Path, adapter: Path | None = None) -> nn.Module:

@@ -7,6 +7,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..files import check_place, new_file
+
 METRICS = {
     "loss": "loss (nats per token)",
     "token_accuracy": "token accuracy",
@@ -71,7 +73,10 @@ def read_log(log: Path) -> dict[str, list[float]]:
     for name in METRICS:
         values = [re.search(rf"\b{name}:(\S+)", line) for line in lines.values()]
         if all(values):
-            metrics[name] = [float(value[1]) for value in values]
+            try:
+                metrics[name] = [float(value[1]) for value in values]
+            except ValueError as error:
+                raise ValueError(f"log={str(log)!r} is damaged: a {name} is no number ({error}).") from error
     return metrics
 
 
@@ -84,18 +89,27 @@ def _first_step(run: dict[str, int]) -> int | None:
 
 
 def plot_curve(config: CurveConfig) -> Path:
-    """Writes the picture and returns its path."""
+    """Writes the picture and returns its path.
+
+    Raises:
+        ValueError: no such line in the log, or no kind of picture.
+        OSError: `out` cannot be written.
+    """
     from matplotlib.figure import Figure
 
+    figure, out = Figure(layout="constrained"), check_place(config.out, "file")
+    formats = figure.canvas.get_supported_filetypes()
+    if out.suffix.lower().lstrip(".") not in formats:
+        raise ValueError(f"out={str(config.out)!r} must end with one of .{', .'.join(formats)}.")
     metrics = read_log(config.log)
     shown = [name for name in METRICS if name in metrics]
-    figure = Figure(figsize=(4 * len(shown), 3.2), layout="constrained")
+    figure.set_size_inches(4 * len(shown), 3.2)
     for axes, name in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
         axes.plot(metrics["step"], metrics[name])
         axes.set(xlabel="step", title=METRICS[name], ylim=(0, None))
         axes.grid(alpha=0.3)
-    Path(config.out).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(config.out, dpi=120)
+    with new_file(out) as draft:
+        figure.savefig(draft, dpi=120)
     last = ", ".join(f"{name} {metrics[name][-1]:.3g}" for name in shown)
     print(f"Wrote {config.out} (step {metrics['step'][-1]}: {last})")
     return Path(config.out)

@@ -1,10 +1,8 @@
 """`lerobot-vla0 record`: episodes of the scripted expert as a LeRobotDataset like `lerobot/libero`."""
 
 import json
-import multiprocessing
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -13,9 +11,11 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from ..files import check_place, new_folder
 from ..libero.assets import asset_name, prepare_libero
 from ..libero.env import LiberoEnv
 from ..libero.suites import MAX_STEPS, NUM_INIT_STATES, check_task_ids
+from ..workers import worker_pool
 
 # As in `lerobot/libero`, though the control frequency is 20 Hz: the two can be trained on together.
 FPS = 10
@@ -25,6 +25,8 @@ ACTION_NAMES = ["dx", "dy", "dz", "drx", "dry", "drz", "gripper"]
 # An action below this in all six deltas, with the gripper unchanged, is a no-op (the rule by which OpenVLA
 # filtered LIBERO's data).
 NO_OP = 1e-4
+# Pixels per side of an image. Beyond it, renderers and video codecs refuse or run out of memory.
+SIZES = 32, 2048
 # An extra file of the data set: settings, and task and initial state of each episode.
 RECORD_FILE = "recording.json"
 
@@ -74,37 +76,66 @@ def features(image_size: int, video: bool) -> dict[str, dict[str, Any]]:
 
 
 def record(config: RecordConfig) -> Path:
-    """Records the data set and returns its folder.
+    """Records the data set and returns its folder. It appears when the recording is complete; if an error or
+    Ctrl-C ends it earlier, it holds the episodes until then.
 
     Raises:
-        FileExistsError: `out` exists.
+        FileExistsError: `out` exists and is not empty.
         ValueError: nothing to record, or a setting out of range.
         RuntimeError: the expert solved no episode at all.
     """
-    if Path(config.out).exists():
-        raise FileExistsError(f"out={str(config.out)!r} exists. Choose another folder or remove it.")
+    _check(config)
+    # Found, or downloaded, once: the workers get the folder.
+    assets = prepare_libero(config.suite, config.assets)
+    with new_folder(config.out) as folder:
+        stopped = _record(replace(config, assets=str(assets)), folder)
+    print(f"Wrote {config.out}")
+    if stopped is not None:
+        raise stopped
+    return Path(config.out)
+
+
+def check_image_size(size: int) -> None:
+    """Raises ValueError for pictures that cannot be rendered."""
+    if not SIZES[0] <= size <= SIZES[1]:
+        raise ValueError(f"image_size={size} must be in {SIZES[0]}..{SIZES[1]} pixels.")
+
+
+def _check(config: RecordConfig) -> None:
+    """All settings, before anything is written."""
     if config.episodes < 1 or not config.tasks:
         raise ValueError(f"nothing to record: episodes={config.episodes}, tasks={config.tasks}.")
     if not 1 <= config.init_states <= NUM_INIT_STATES:
         raise ValueError(f"init_states={config.init_states} must be in 1..{NUM_INIT_STATES}.")
-    if config.noise < 0 or config.workers < 1:
-        raise ValueError(f"noise={config.noise} must be at least 0, and workers={config.workers} at least 1.")
+    if not 0 <= config.noise <= 1:  # also refuses NaN
+        raise ValueError(f"noise={config.noise} must be in 0..1: actions are in [-1, 1].")
+    if config.workers < 1 or config.seed < 0:
+        raise ValueError(f"workers={config.workers} must be at least 1, and seed={config.seed} at least 0.")
+    check_image_size(config.image_size)
+    if config.video and config.image_size % 2:
+        raise ValueError(f"image_size={config.image_size} must be even for video.")
     check_task_ids(config.suite, config.tasks)
-    # Found, or downloaded, once: the workers get the folder.
-    assets = prepare_libero(config.suite, config.assets)
+    if len(set(config.tasks)) < len(config.tasks):
+        raise ValueError(f"tasks={config.tasks} names a task twice. For more of it, raise episodes.")
+    check_place(config.out, "new folder")
+
+
+def _record(config: RecordConfig, folder: Path) -> BaseException | None:
+    """Writes the data set into an empty folder; returns what ended it before its last episode."""
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
+    folder.rmdir()  # LeRobot makes it
     dataset = LeRobotDataset.create(
-        repo_id=f"local/{Path(config.out).name}",
-        root=config.out,
+        repo_id=f"local/{folder.name}",
+        root=folder,
         fps=FPS,
         features=features(config.image_size, config.video),
         robot_type="panda",
         use_videos=config.video,
     )
     jobs = [(task, episode) for task in config.tasks for episode in range(config.episodes)]
-    played = _play_all(replace(config, assets=str(assets)), jobs)
-    kept = []
+    played = _play_all(config, jobs)
+    kept, tried, stopped = [], 0, None
     try:
         progress = tqdm(zip(jobs, played, strict=True), desc="Recording", unit="episode", total=len(jobs))
         for tried, ((task, episode), frames) in enumerate(progress, start=1):
@@ -114,16 +145,21 @@ def record(config: RecordConfig) -> Path:
                 dataset.save_episode()
                 kept.append({"task_id": task, "init_state": episode % config.init_states})
             progress.set_postfix(task=task, success=f"{len(kept)}/{tried}")
+    except (Exception, KeyboardInterrupt) as error:
+        if not kept:
+            raise
+        stopped = error
     finally:
         dataset.finalize()
     if not kept:
         raise RuntimeError(f"the expert solved none of {tried} episodes of {config.suite} {config.tasks}.")
     settings = {key: str(value) if key == "out" else value for key, value in asdict(config).items()}
-    info = {"settings": settings, "asset_folder": asset_name(assets), "tried": tried, "episodes": kept}
-    (Path(config.out) / RECORD_FILE).write_text(json.dumps(info, indent=2))
-    print(f"The expert solved {len(kept)} of {tried} episodes ({100 * len(kept) / tried:.0f} %).")
-    print(f"Wrote {dataset.num_episodes} episodes, {dataset.num_frames} frames to {config.out}")
-    return Path(config.out)
+    info = {"settings": settings, "asset_folder": asset_name(Path(config.assets))}
+    info |= {"tried": tried, "episodes": kept}
+    (folder / RECORD_FILE).write_text(json.dumps(info, indent=2))
+    rate = f"{100 * len(kept) / tried:.0f} %"
+    print(f"The expert solved {len(kept)} of {tried} episodes ({rate}): {dataset.num_frames} frames.")
+    return stopped
 
 
 def _play_all(config: RecordConfig, jobs: list[tuple[int, int]]) -> Iterator[list[dict[str, Any]]]:
@@ -131,9 +167,7 @@ def _play_all(config: RecordConfig, jobs: list[tuple[int, int]]) -> Iterator[lis
     if config.workers == 1:
         yield from (play_episode(config, *job) for job in jobs)
         return
-    # Spawned: a process with a GL context or threads must not be forked.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(config.workers, len(jobs)), mp_context=context) as pool:
+    with worker_pool(min(config.workers, len(jobs))) as pool:
         # Only a few episodes are played ahead of the writer: one takes about 50 MB at 256×256.
         waiting, pending = iter(jobs), deque()
         pending.extend(pool.submit(play_episode, config, *job) for job in islice(waiting, 2 * config.workers))

@@ -10,10 +10,12 @@ from lerobot.envs.utils import preprocess_observation
 from PIL import Image
 
 from ..agent import Agent
+from ..files import check_place, new_file
 from ..libero.env import LiberoEnv
 from ..modeling_vla0 import VLA0Policy
 from ..options import PolicyOptions
 from ..processor_vla0 import load_processors
+from .record import check_image_size
 
 FRAME_SIZE = 256  # pixels per side of a frame, whatever the size of the images that the policy sees
 MAX_BYTES = 300_000
@@ -74,6 +76,10 @@ def rollout_strip(config: StripConfig) -> Path:
     config.require_policy("which policy?")
     if config.frames < 2:
         raise ValueError(f"frames={config.frames} must be at least 2.")
+    check_image_size(config.image_size)
+    out = check_place(config.out, "file")
+    if out.suffix.lower() != ".png":
+        raise ValueError(f"out={str(config.out)!r} must end with .png: the picture is a PNG.")
     start = {"init_state": config.init_state, "image_size": config.image_size}
     env = LiberoEnv(config.suite, config.task, assets=config.assets, **start)
     path = str(config.policy.pretrained_path)
@@ -89,9 +95,8 @@ def rollout_strip(config: StripConfig) -> Path:
     shown = (config.frames - 1) // 2
     steps[shown] -= steps[shown] % config.policy.n_action_steps
     chat = read_chat(agent, rollout.observations[steps[shown]], rollout.instruction)
-    out = Path(config.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_bytes(compress(draw(rollout, steps, shown, chat)))
+    with new_file(out) as draft:
+        draft.write_bytes(compress(draw(rollout, steps, shown, chat)))
     print(f"{'Success' if rollout.success else 'Failure'} after {last} steps. Wrote {out}")
     return out
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from ..files import check_place, new_folder
 from ..prompt import SYSTEM_PROMPT
 
 SPECIAL_TOKENS = [
@@ -69,11 +70,12 @@ def make_tiny_vlm(config: TinyVLMConfig) -> Path:
     # Imported here because transformers takes seconds, and `lerobot-vla0 tiny-vlm --help` should not.
     from transformers import GenerationConfig, Qwen2_5_VLForConditionalGeneration
 
-    out = Path(config.out)
-    if out.is_dir() and any(out.iterdir()):
-        raise FileExistsError(
-            f"out={str(out)!r} exists and is not empty. Choose another folder or remove it."
-        )
+    out = check_place(config.out, "new folder")
+    for name in ("hidden_size", "num_layers", "num_heads", "vision_hidden_size", "vision_layers"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name}={getattr(config, name)} must be at least 1.")
+    if not 0 <= config.seed < 2**63:
+        raise ValueError(f"seed={config.seed} must be at least 0 and below 2^63.")
     head_dim, remainder = divmod(config.hidden_size, config.num_heads)
     if remainder or head_dim % 16:
         raise ValueError(
@@ -104,8 +106,9 @@ def make_tiny_vlm(config: TinyVLMConfig) -> Path:
     model = Qwen2_5_VLForConditionalGeneration(vlm_config)
     # Qwen2.5-VL's own settings. The policy's decoding ignores them.
     model.generation_config = GenerationConfig(do_sample=True, temperature=1e-6, repetition_penalty=1.05)
-    model.save_pretrained(out)
-    processor.save_pretrained(out)
+    with new_folder(out) as draft:
+        model.save_pretrained(draft)
+        processor.save_pretrained(draft)
     print(f"Wrote a Qwen2.5-VL with {model.num_parameters() / 1e6:.1f} million random parameters to {out}")
     return out
 

@@ -17,6 +17,7 @@ import yaml
 from filelock import FileLock
 from huggingface_hub import snapshot_download
 
+from ..files import reading
 from .primitives import write_primitive_assets
 
 # Sub-folders that hf-libero itself checks for before it downloads.
@@ -67,8 +68,9 @@ def _ensure_config(root: Path) -> None:
     asks questions."""
     path = Path(os.environ.get("LIBERO_CONFIG_PATH", Path.home() / ".libero")) / "config.yaml"
     if path.is_file():
-        folders = yaml.safe_load(path.read_text()) or {}
-        gone = [key for key in ("bddl_files", "init_states") if not Path(folders.get(key, "")).is_dir()]
+        with reading(path):
+            folders = yaml.safe_load(path.read_text()) or {}
+            gone = [key for key in ("bddl_files", "init_states") if not Path(folders.get(key, "")).is_dir()]
         if gone:
             listed = ", ".join(f"{key}: {folders.get(key)}" for key in gone)
             raise FileNotFoundError(
@@ -171,11 +173,12 @@ def check_rendering() -> None:
     else OSMesa, whichever is installed.
 
     Raises:
-        RuntimeError: neither is installed, or the one that MUJOCO_GL names is not.
+        RuntimeError: neither is installed, or the one that MUJOCO_GL names is not, or there is none of that
+            name.
     """
     if platform.system() != "Linux" or "robosuite" in sys.modules:  # robosuite reads MUJOCO_GL when imported
         return
-    backend = os.environ.get("MUJOCO_GL", "").lower()
+    backend = os.environ.get("MUJOCO_GL", "").lower().strip()
     if not backend:
         backend = next((name for name, (library, _) in RENDERERS.items() if find_library(library)), "")
         if not backend:
@@ -185,6 +188,8 @@ def check_rendering() -> None:
                 "names)."
             )
         os.environ["MUJOCO_GL"] = backend
+    if backend not in (*RENDERERS, "glfw", "glx", "enable", "enabled", "on", "true", "1"):
+        raise RuntimeError(f"MUJOCO_GL={backend} renders nothing. Set it to {' or '.join(RENDERERS)}.")
     library, packages = RENDERERS.get(backend, (None, ""))
     if library and not find_library(library):
         raise RuntimeError(f"MUJOCO_GL={backend}, but its library is missing: install {packages}.")

@@ -13,9 +13,19 @@ from gymnasium import spaces
 
 from .assets import prepare_libero
 from .config import SIMULATOR_SEED
+from .simulator import Cameras, make_simulator
 from .suites import MAX_STEPS, check_task_ids
 
 FPS = 20  # robosuite's control frequency
+MAX_IMAGE_SIZE = 2048  # pixels; an environment takes memory for four samples of each
+
+
+def check_settings(image_size: int, max_episode_steps: int | None) -> None:
+    """Raises ValueError for settings that no environment can have."""
+    if not 1 <= image_size <= MAX_IMAGE_SIZE:
+        raise ValueError(f"image_size={image_size} must be in 1..{MAX_IMAGE_SIZE}.")
+    if max_episode_steps is not None and max_episode_steps < 1:
+        raise ValueError(f"max_episode_steps={max_episode_steps} must be at least 1, or None.")
 
 
 class LiberoEnv(gym.Env):
@@ -43,7 +53,8 @@ class LiberoEnv(gym.Env):
         render_mode: "rgb_array" or None.
 
     Raises:
-        ValueError: unknown suite, task, init state, or max_episode_steps below 1.
+        ValueError: unknown suite, task or init state, image_size not in 1..2048, or max_episode_steps below
+            1.
         RuntimeError (from `reset`): this process was forked from one that renders.
     """
 
@@ -62,8 +73,7 @@ class LiberoEnv(gym.Env):
         render_mode: str | None = "rgb_array",
     ) -> None:
         check_task_ids(suite, [task_id])
-        if max_episode_steps is not None and max_episode_steps < 1:
-            raise ValueError(f"max_episode_steps={max_episode_steps} must be at least 1, or None.")
+        check_settings(image_size, max_episode_steps)
         prepare_libero(suite, assets)
         from lerobot.envs.libero import LiberoEnv as LeRobotLiberoEnv
         from lerobot.envs.libero import _get_suite
@@ -91,6 +101,7 @@ class LiberoEnv(gym.Env):
         )
         self.action_space = self._env.action_space
         self._steps, self._init_state, self._frame = 0, 0, None
+        self._cameras: Cameras | None = None  # with the simulator, made at the first reset
 
     def _check_init_state(self, init_state: int) -> int:
         if not 0 <= init_state < self.num_init_states:
@@ -119,15 +130,43 @@ class LiberoEnv(gym.Env):
             chosen = self.np_random.integers(self.num_init_states)
         self._init_state, self._steps = self._check_init_state(chosen), 0
         self._env.init_state_id = self._init_state
+        if self._cameras is None:
+            size = self.observation_space["pixels"]["image"].shape[0]
+            # In place of the one that LeRobot's environment would make.
+            self._env._env, self._cameras = make_simulator(self._env._task_bddl_file, size, FPS)
         # The simulator draws random numbers before it takes the stored state: the same ones every time.
         observation, _ = self._env.reset(seed=SIMULATOR_SEED)
         return self._observation(observation), self._info(False)
 
     def step(self, action: np.ndarray) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
-        observation, reward, terminated, _, info = self._env.step(np.asarray(action, dtype=np.float32))
-        self._steps += 1
-        truncated = not terminated and self._steps >= self._max_episode_steps
-        info = self._info(bool(info["is_success"]))
+        observation, reward, terminated, truncated, info = self.step_chunk(np.asarray(action)[None])
+        del info["steps"]
+        return observation, reward, terminated, truncated, info
+
+    def step_chunk(self, actions: np.ndarray) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
+        """`step` for several actions, of which only the last observation is returned, and only its pictures
+        are rendered. Everything returned is bit for bit what single steps return.
+
+        Args:
+            actions: (n, 7), n at least 1. Those behind success or the step limit are not executed.
+
+        Returns:
+            As `step`, of the last step executed; `info` has `steps`, the number of actions executed.
+
+        Raises:
+            ValueError: actions of another shape, or not finite.
+        """
+        actions = np.asarray(actions, dtype=np.float32)
+        if actions.ndim != 2 or actions.shape[1] != 7 or not len(actions) or not np.isfinite(actions).all():
+            raise ValueError(f"actions must be finite, (n, 7) with n >= 1; got {actions.shape}: {actions}.")
+        before = self._steps
+        for action in actions:
+            observation, reward, terminated, _, info = self._env.step(action)
+            self._steps += 1
+            truncated = not terminated and self._steps >= self._max_episode_steps
+            if terminated or truncated:
+                break
+        info = {**self._info(bool(info["is_success"])), "steps": self._steps - before}
         return self._observation(observation), float(reward), bool(terminated), truncated, info
 
     def _info(self, is_success: bool) -> dict[str, Any]:
@@ -140,7 +179,10 @@ class LiberoEnv(gym.Env):
 
     def _observation(self, observation: dict[str, Any]) -> dict[str, Any]:
         # LIBERO's cameras are mounted upside down; the data sets hold the images turned by 180°.
-        pixels = {k: np.ascontiguousarray(v[::-1, ::-1]) for k, v in observation["pixels"].items()}
+        pixels = {
+            key: np.ascontiguousarray(self._cameras.draw(camera)[::-1, ::-1])
+            for key, camera in (("image", "agentview"), ("image2", "robot0_eye_in_hand"))
+        }
         self._frame = pixels["image"]
         return {"pixels": pixels, "agent_pos": agent_position(observation["robot_state"])}
 
@@ -154,6 +196,7 @@ class LiberoEnv(gym.Env):
         return None if self._frame is None else self._frame.copy()
 
     def close(self) -> None:
+        self._cameras = None
         self._env.close()
 
 

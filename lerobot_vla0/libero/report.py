@@ -9,6 +9,7 @@ import numpy as np
 from scipy.stats import binomtest
 
 Episode = dict[str, Any]  # one line of a results file
+DIFFERS = "_replay_differs"  # in the name of a video whose episode ended differently when played again
 
 
 def wilson(successes: int, trials: int) -> tuple[float, float]:
@@ -89,6 +90,9 @@ def write_report(folder: Path) -> Path:
     expected = settings["episodes_in_all"]
     if len(episodes) < expected:
         lines += ["", f"Unfinished: {len(episodes)} of {expected} episodes."]
+    differing = sorted(path.name for path in (folder / "videos").glob(f"*{DIFFERS}.mp4"))
+    if differing:
+        lines += ["", f"Played again for a video, these ended differently: {', '.join(differing)}."]
     plot_success_rates(groups, folder / "report.png", settings["stand_in_assets"])
     lines += ["", "![success by task](report.png)", "", "## Settings", ""]
     lines += ["```json", json.dumps(settings, indent=2), "```", ""]

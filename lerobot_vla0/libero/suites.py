@@ -29,9 +29,12 @@ def split_suites(suites: str) -> list[str]:
 
 
 def check_task_ids(suite: str, task_ids: list[int] | None) -> None:
-    """Raises ValueError, listing what exists, for a suite or task ids that LIBERO does not have."""
+    """Raises ValueError, listing what exists, for a suite or task ids that LIBERO does not have, and for no
+    task id or the same twice."""
     if suite not in MAX_STEPS:
         raise ValueError(f"unknown LIBERO suite {suite!r}. Known: {', '.join(MAX_STEPS)}.")
+    if task_ids is not None and (not task_ids or len(set(task_ids)) < len(task_ids)):
+        raise ValueError(f"tasks={task_ids} must name at least one task, and each once.")
     unknown = [task for task in task_ids or [] if not 0 <= task < len(TASKS[suite])]
     if unknown:
         raise ValueError(f"{suite} has the tasks 0..{len(TASKS[suite]) - 1}, not {unknown}.")

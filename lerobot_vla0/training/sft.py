@@ -11,6 +11,7 @@ together, so it does not depend on how a global batch is split. lerobot-train av
 """
 
 import logging
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,17 +19,17 @@ from typing import Any
 from huggingface_hub import HfApi
 from lerobot.configs.default import PeftConfig
 from lerobot.configs.train import TrainPipelineConfig
-from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
 from lerobot.datasets.factory import make_dataset
 from lerobot.policies.factory import make_policy, make_pre_post_processors
 from transformers import set_seed
 
 try:
-    from trl import SFTConfig
+    import trl  # noqa: F401
 except ImportError as error:
     raise ImportError("TRL is not installed: pip install 'lerobot_policy_vla0[sft]'") from error
 
 from ..adapters import import_peft
+from ..files import new_folder, read_json
 from ..libero.assets import prepare_libero
 from ..libero.evaluate import EvalConfig, evaluate
 from ..libero.report import read_episodes
@@ -36,6 +37,8 @@ from ..libero.suites import episodes_of_suites
 from ..modeling_vla0 import VLA0Policy
 from ..options import load_policy_config
 from ..processor_vla0 import used_features
+from ..training_data import read_metadata
+from .resume import checkpoint_to_resume, step_of
 from .sft_options import Arguments, parse
 from .trainer import VLA0Trainer
 
@@ -58,6 +61,7 @@ def sft(arguments: Arguments) -> Path:
     """
     options, training, evaluation = arguments.options, arguments.training, arguments.evaluation
     checkpoint = checkpoint_to_resume(training)
+    final = Path(training.output_dir) / "final"
     # Missing libraries or assets must show now, not after the download of the data or days of training.
     if options.use_lora or arguments.policy.use_peft:
         import_peft()
@@ -87,59 +91,41 @@ def sft(arguments: Arguments) -> Path:
             f"Training {trained:,} of {sum(p.numel() for p in policy.parameters()):,} parameters on "
             f"{dataset.num_episodes} episodes, {dataset.num_frames:,} frames"
         )
-    trainer.train(resume_from_checkpoint=checkpoint)
-    if trainer.state.global_step == 0:
+    trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    step = trainer.state.global_step
+    if step == 0:
         raise ValueError(
             f"nothing was trained: {dataset.num_frames} frames make no step of per_device_train_batch_size="
             f"{training.per_device_train_batch_size} on {training.world_size} processes with "
             f"dataloader_drop_last={training.dataloader_drop_last} and num_train_epochs="
             f"{training.num_train_epochs}. Lower the batch size, or set dataloader_drop_last=false."
         )
-    final = Path(training.output_dir) / "final"
-    if trainer.is_fsdp_enabled:  # one file, not shards
-        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-    trainer.save_model(str(final))
-    if trainer.is_world_process_zero():
-        print(f"Wrote {final}")
-        if policy.config.push_to_hub:
-            _push(final, trainer)
-        if evaluation is not None:
-            _evaluate(final, trainer, evaluation)
+    if checkpoint is not None and step_of(checkpoint) == step == _steps_of(final):
+        print(
+            f"The run had finished: {final} is unchanged. To train on, raise max_steps or num_train_epochs."
+        )
+    else:
+        if trainer.is_fsdp_enabled:  # one file, not shards
+            trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+        writes = trainer.is_world_process_zero()
+        with new_folder(final, replace=True) if writes else nullcontext(final) as folder:
+            trainer.save_model(str(folder))
+        if writes:
+            print(f"Wrote {final}")
+            if policy.config.push_to_hub:
+                _push(final, trainer)
+    if evaluation is not None and trainer.is_world_process_zero():
+        _evaluate(final, trainer, evaluation)
     return final
 
 
+def _steps_of(final: Path) -> int | None:
+    """The steps of the run that wrote it; None if it is not there."""
+    file = final / "train_config.json"
+    return read_json(file).get("steps") if file.is_file() else None
+
+
 # ------------------------------------------------------------------------------------------- before training
-
-
-def checkpoint_to_resume(training: SFTConfig) -> str | None:
-    """Folder of the checkpoint to continue from; None starts afresh."""
-    output = Path(training.output_dir)
-    wanted = str(training.resume_from_checkpoint or False)  # YAML's true is a bool
-    # Transformers' `get_last_checkpoint` also finds one whose writing was interrupted. A complete one has
-    # trainer_state.json, which is written last.
-    complete = {
-        int(file.parent.name.removeprefix("checkpoint-")): str(file.parent)
-        for file in output.glob("checkpoint-*/trainer_state.json")
-    }
-    if wanted.lower() in ("false", "none"):
-        if complete or (output / "final").exists():
-            raise FileExistsError(
-                f"output_dir={str(output)!r} holds a run already. Choose another one, or continue it with "
-                "--resume_from_checkpoint true."
-            )
-        return None
-    if wanted.lower() in ("true", "last"):
-        if not complete:
-            raise FileNotFoundError(
-                f"resume_from_checkpoint={wanted!r}: {str(output)!r} holds no complete checkpoint-N."
-            )
-        return complete[max(complete)]
-    if not (Path(wanted) / "trainer_state.json").is_file():
-        raise FileNotFoundError(
-            f"resume_from_checkpoint={wanted!r} is no complete checkpoint of this trainer: there is no "
-            "trainer_state.json in it. Give <output_dir>/checkpoint-N, or true for the last one."
-        )
-    return wanted
 
 
 def _pipeline(arguments: Arguments) -> TrainPipelineConfig:
@@ -169,7 +155,7 @@ def _pipeline(arguments: Arguments) -> TrainPipelineConfig:
 
 
 def _choose_episodes(arguments: Arguments) -> None:
-    """Sets `dataset.episodes` to those of `train_suite` and `max_episodes`."""
+    """Sets `dataset.episodes` to those of `train_suite` and `max_episodes`, if the data set can be read."""
     options, config = arguments.options, arguments.dataset
     if config.streaming and arguments.training.max_steps <= 0:
         raise ValueError("dataset.streaming=true has no length: say how long to train with --max_steps.")
@@ -184,12 +170,14 @@ def _choose_episodes(arguments: Arguments) -> None:
                 f"{name}={value!r} has no effect with dataset.streaming=true: LeRobot streams all episodes. "
                 "Leave one of them out; without streaming, the data set is downloaded."
             )
+    meta = read_metadata(config.repo_id, config.root, revision=config.revision, repo_type=config.repo_type)
+    known = range(meta.total_episodes)
+    unknown = [episode for episode in config.episodes or [] if episode not in known]
+    if unknown:
+        raise ValueError(f"dataset.episodes names {unknown}; the data set has 0..{known[-1]}.")
     if options.train_suite is None and options.max_episodes is None:
         return
-    meta = LeRobotDatasetMetadata(
-        config.repo_id, root=config.root, revision=config.revision, repo_type=config.repo_type
-    )
-    episodes = list(range(meta.total_episodes)) if config.episodes is None else config.episodes
+    episodes = list(known) if config.episodes is None else config.episodes
     if options.train_suite is not None:
         tasks = meta.episodes["tasks"] if "tasks" in meta.episodes.column_names else [[]]
         of_suite = set(episodes_of_suites(options.train_suite, tasks))

@@ -30,6 +30,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 from trl import SFTConfig, TrlParser
 
 from ..configuration_vla0 import VLA0Config
+from ..files import reading
 from ..libero.evaluate import EvalConfig
 from ..options import load_policy_config, parse_options
 
@@ -135,7 +136,10 @@ class SFTOptions:
         if not self.use_lora:
             self.refuse_lora("without --use_lora")
         given = self.rename_map or {}
-        names = yaml.safe_load(given) if isinstance(given, str) else given
+        try:
+            names = yaml.safe_load(given) if isinstance(given, str) else given
+        except yaml.YAMLError:
+            names = None
         if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
             raise ValueError(f"rename_map={given!r} must be '{{name in the data set: new name, ...}}'.")
         self.rename_map = names
@@ -239,16 +243,19 @@ def _read(file: Path) -> dict[str, Any]:
     """
     if not file.is_file():
         raise FileNotFoundError(f"config={str(file)!r}: there is no such file.")
-    content = yaml.safe_load(file.read_text())
-    if not isinstance(content, dict):
+    with reading(file):
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise ValueError(f"{file} must hold `option: value` lines.")
-    for section in SECTIONS:
-        mapping = content.get(section) or {}
-        if not isinstance(mapping, dict):
+    for section in ("env", *SECTIONS):
+        mapping = content.pop(section, None) or {}
+        if not isinstance(mapping, dict) or not all(isinstance(name, str) for name in mapping):
             raise ValueError(f"{file}: {section} must be a mapping, got {mapping!r}.")
-        content[section] = {k: v if isinstance(v, str) else json.dumps(v) for k, v in mapping.items()}
-    # As TRL's parser does when it reads a file itself.
-    os.environ.update({key: str(value) for key, value in content.pop("env", {}).items()})
+        if section == "env":  # as TRL's parser does when it reads a file itself
+            os.environ.update({key: str(value) for key, value in mapping.items()})
+        else:
+            as_text = {k: v if isinstance(v, str) else json.dumps(v, default=str) for k, v in mapping.items()}
+            content[section] = as_text
     return content
 
 

@@ -1,6 +1,7 @@
 """TRL's trainer on a policy: the policy makes the examples, and checkpoints are LeRobot's."""
 
 import random
+import shutil
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -12,7 +13,9 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from lerobot.configs.train import TrainPipelineConfig
 from lerobot.utils.collate import lerobot_collate_fn
+from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTConfig, SFTTrainer
 
 from .. import backbone
@@ -20,6 +23,7 @@ from ..adapters import import_peft
 from ..checkpoint import ADAPTER_WEIGHTS, VLM_FOLDER, WEIGHTS
 from ..modeling_vla0 import VLA0Policy
 from ..processor_vla0 import ACTION_CLIPPED
+from .resume import is_complete
 
 
 class VLA0Trainer(SFTTrainer):
@@ -114,10 +118,28 @@ class VLA0Trainer(SFTTrainer):
                 save_torch_state_dict(weights, folder, max_shard_size=sys.maxsize)
             else:
                 self.adapter.save_pretrained(folder, state_dict=weights)
-        self.pipeline.steps = self.state.max_steps
+        # More than `max_steps` if that was lowered after a checkpoint of a later step.
+        self.pipeline.steps = max(self.state.max_steps, self.state.global_step)
         self.pipeline.save_pretrained(folder)
         for processor in self.processors:
             processor.save_pretrained(folder)
+
+    def _run_epoch(self, **arguments: Any) -> None:
+        """Nothing for a run that is finished: resumed, Transformers would train it a further step."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(**arguments)
+        else:
+            self.control.should_training_stop = True
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """A checkpoint that could not be written, because the disk is full, is removed."""
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            if self.is_world_process_zero() and not is_complete(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+            raise OSError(f"{folder} could not be written ({str(error).splitlines()[0]}).") from error
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)

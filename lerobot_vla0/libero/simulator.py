@@ -1,0 +1,115 @@
+"""LIBERO's simulator (robosuite) without work that changes nothing: pictures that nobody looks at, and a
+model that is built anew at every reset.
+
+Where time goes otherwise: rendering both cameras takes 85-95 % of a step; a reset builds model and GL context
+again and renders 28 pictures, of which two are returned.
+"""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+# Fields of MuJoCo's model that resets and steps change: places of fixtures, and marks such as the glow of a
+# stove that is on.
+CHANGING_FIELDS = ("body_pos", "body_quat", "site_rgba")
+
+
+def make_simulator(bddl_file: str | Path, image_size: int, control_freq: int) -> tuple[Any, "Cameras"]:
+    """LIBERO's `OffScreenRenderEnv` of a task, not reset yet, and its cameras. Its observations hold empty
+    arrays in place of pictures."""
+    from libero.libero.envs import OffScreenRenderEnv
+
+    simulator = OffScreenRenderEnv(
+        bddl_file_name=str(bddl_file),
+        camera_heights=image_size,
+        camera_widths=image_size,
+        control_freq=control_freq,
+        hard_reset=False,
+        ignore_done=True,  # the step limit is the environment's; at robosuite's own, 1,000, it would raise
+    )
+    _reset_as_if_built_anew(simulator.env)
+    return simulator, Cameras(simulator.env)
+
+
+def _reset_as_if_built_anew(env: Any) -> None:
+    """Makes robosuite's reset, which keeps the model, leave the same numbers as one that builds it.
+
+    LIBERO's default builds it (`hard_reset=True`): without, the settling steps after a reset give slightly
+    other states, because the constraint solver starts from its last solution, the gripper's command is that
+    of the last episode, and changes of the model remain.
+    """
+    import mujoco
+
+    sim = env.sim
+    model = sim.model._model
+    built = {name: getattr(model, name).copy() for name in CHANGING_FIELDS}
+
+    def reset() -> None:
+        for name, value in built.items():
+            getattr(model, name)[:] = value
+        for robot in env.robots:
+            robot.gripper.current_action = np.zeros(robot.gripper.dof)
+        mujoco.mj_resetData(model, sim.data._data)
+        # A build computes the forward dynamics twice, after loading and when it makes the GL context; the
+        # solver's starting point depends on it.
+        sim.forward()
+        sim.forward()
+
+    sim.reset = reset
+
+
+class Cameras:
+    """Draws pictures of the last control step, when asked to.
+
+    robosuite samples a camera in the middle of a control step, by a clock that depends on all steps before.
+    At this moment only the scene is noted here (positions, colours, lights: 0.1 ms), so that the picture that
+    is drawn later is bit for bit the one that robosuite would have rendered.
+
+    Args:
+        env: robosuite's environment.
+    """
+
+    def __init__(self, env: Any) -> None:
+        import mujoco
+        from robosuite.utils.observables import sensor
+
+        self.sim = env.sim
+        names, *sizes = env.camera_names, env.camera_widths, env.camera_heights
+        self._sizes = dict(zip(names, zip(*sizes, strict=True), strict=True))
+        self._scenes = {name: mujoco.MjvScene(self.sim.model._model, maxgeom=1000) for name in self._sizes}
+        for name in self._sizes:
+            env.modify_observable(f"{name}_image", "sensor", sensor("image")(partial(self._note, name)))
+
+    def _note(self, name: str, _: dict[str, Any]) -> np.ndarray:
+        import mujoco
+
+        context = self.sim._render_context_offscreen
+        context.cam.type = mujoco.mjtCamera.mjCAMERA_FIXED
+        context.cam.fixedcamid = self.sim.model.camera_name2id(name)
+        mujoco.mjv_updateScene(
+            self.sim.model._model,
+            self.sim.data._data,
+            context.vopt,
+            context.pert,
+            context.cam,
+            mujoco.mjtCatBit.mjCAT_ALL,
+            self._scenes[name],
+        )
+        return np.zeros(0)
+
+    def draw(self, name: str) -> np.ndarray:
+        """uint8 (height, width, 3), rows from the bottom to the top, as robosuite returns them."""
+        import mujoco
+
+        context, (width, height) = self.sim._render_context_offscreen, self._sizes[name]
+        context.gl_ctx.make_current()  # another environment of this process may have rendered meanwhile
+        if width > context.con.offWidth or height > context.con.offHeight:
+            context.update_offscreen_size(
+                max(width, context.con.offWidth), max(height, context.con.offHeight)
+            )
+        viewport, picture = mujoco.MjrRect(0, 0, width, height), np.empty((height, width, 3), np.uint8)
+        mujoco.mjr_render(viewport, self._scenes[name], context.con)
+        mujoco.mjr_readPixels(picture, None, viewport, context.con)
+        return picture
