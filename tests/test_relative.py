@@ -18,6 +18,7 @@ from lerobot.policies.rtc.relative import reanchor_relative_rtc_prefix
 from lerobot.utils.collate import lerobot_collate_fn
 
 from lerobot_vla0 import Agent
+from lerobot_vla0.cli import main
 from lerobot_vla0.decoding import rtc
 from lerobot_vla0.decoding.ensembling import TemporalEnsembler
 from lerobot_vla0.modeling_vla0 import VLA0Policy
@@ -345,6 +346,16 @@ def test_processors_that_do_not_fit_the_config(kind, change, message, trained, t
     file.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=message):
         VLA0Policy.from_pretrained(folder)
+
+
+def test_an_export_says_that_its_actions_are_relative(trained, tmp_path):
+    main(["export", f"--policy.path={trained}", f"--out={tmp_path / 'model'}"])
+    spec = json.loads((tmp_path / "model/action_spec.json").read_text())
+    assert spec["relative"].startswith("add the state") and "'gripper'" in spec["relative"]
+    main(["import", f"--from={tmp_path / 'model'}", f"--out={tmp_path / 'again'}"])
+    for name in ("config.json", "policy_preprocessor.json", "policy_postprocessor.json"):
+        assert json.loads((tmp_path / "again" / name).read_text()) == json.loads((trained / name).read_text())
+    VLA0Policy.from_pretrained(tmp_path / "again")
 
 
 def test_absolute_checkpoints_have_no_such_steps(processors):
