@@ -64,7 +64,7 @@ class normalizer_processor(NormalizerProcessorStep):  # noqa: N801
 
 def take_relative_statistics(config: PreTrainedConfig, meta: Any) -> None:
     """Puts the statistics of relative actions, by LeRobot's own helper, in the place of the action's in
-    `meta.stats`. They are those of `lerobot-edit-dataset --operation.type=recompute_stats
+    `meta.stats`, and empties `relative_exclude_joints` if it fits no dimension. They are those of `lerobot-edit-dataset --operation.type=recompute_stats
     --operation.relative_action=true`.
 
     Args:
@@ -102,6 +102,8 @@ def take_relative_statistics(config: PreTrainedConfig, meta: Any) -> None:
             f"relative_exclude_joints={excluded} excludes nothing: the action's names in the data set are "
             f"{names}. All dimensions are relative."
         )
+        # LeRobot's real-time chunking takes missing names from the robot, and would exclude by them.
+        config.relative_exclude_joints = excluded = []
     action = {"shape": (sizes[ACTION],), "names": names}
     try:
         statistics = compute_relative_action_stats(columns, {ACTION: action}, config.chunk_size, excluded)

@@ -3,7 +3,7 @@ import torch
 import torchvision.transforms.v2.functional as F  # noqa: N812
 from PIL import Image
 
-from lerobot_vla0.images import color_jitter, crop, prepare_images
+from lerobot_vla0.images import color_jitter, crop, fitted, prepare_images
 
 SETTINGS = {"size": 224, "crop_ratio": 0.875, "tile": True, "antialias": True}
 
@@ -75,6 +75,8 @@ def test_cameras_that_are_not_square(fit, kept, box, upright):
     expected[..., top:bottom, left:right] = (part * 255).byte()
     if upright:
         image, expected = image.mT, expected.mT
+    sizes = tuple(part.stop - part.start for part in kept), (bottom - top, right - left)
+    assert fitted(240, 320, size=56, crop_ratio=0.75, fit=fit) == sizes
     settings = {"size": 56, "crop_ratio": 0.75, "tile": True, "antialias": True, "fit": fit}
     out = prepare_images([image], **settings)[:, 0]
     # Sums are rounded differently where rows and columns are exchanged.

@@ -273,6 +273,7 @@ def test_a_name_that_excludes_nothing(arm, caplog):
     config = relative_config("vlm", relative_exclude_joints=["hand"])
     prepare_data(config, arm_data(arm).meta)
     assert "relative_exclude_joints=['hand'] excludes nothing" in caplog.text
+    assert config.relative_exclude_joints == []
 
 
 # ---------------------------------------------------------------------------------------------- checkpoints
