@@ -64,8 +64,8 @@ class normalizer_processor(NormalizerProcessorStep):  # noqa: N801
 
 def take_relative_statistics(config: PreTrainedConfig, meta: Any) -> None:
     """Puts the statistics of relative actions, by LeRobot's own helper, in the place of the action's in
-    `meta.stats`, and empties `relative_exclude_joints` if it fits no dimension. They are those of `lerobot-edit-dataset --operation.type=recompute_stats
-    --operation.relative_action=true`.
+    `meta.stats`; `relative_exclude_joints` is emptied if it fits no dimension. They are those of
+    `lerobot-edit-dataset --operation.type=recompute_stats --operation.relative_action=true`.
 
     Args:
         config: with `chunk_size`, and with the action's names if joints are to be excluded.
