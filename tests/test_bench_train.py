@@ -14,7 +14,7 @@ from lerobot_vla0.bench.train import BenchTrainConfig, per_sample_inputs
 def config(monkeypatch, tmp_path):
     monkeypatch.setitem(SHAPES, "tiny", TINY)
     # In this process; starting others takes longer than the steps.
-    monkeypatch.setattr(train, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))
+    monkeypatch.setattr(train, "worker_pool", ThreadPoolExecutor)
     return BenchTrainConfig(model="tiny", device="cpu", batch_size=3, steps=1, repeats=1, out=tmp_path)
 
 

@@ -415,6 +415,7 @@ def test_an_interrupt_ends_at_once(learnt, fake, monkeypatch):
     """While two rows wait for a server that hangs: before the deadline, and the server is left."""
     fake.behaviour = write(*[b" "] * 3000, pause=0.02)
     policy, batch = remote(learnt, fake.url, server_timeout=1000, server_model="tiny")
+    ignored = signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest-xdist ignores it
 
     def interrupt():
         while len(fake.requests) < 2:
@@ -422,8 +423,11 @@ def test_an_interrupt_ends_at_once(learnt, fake, monkeypatch):
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=interrupt, daemon=True).start()
-    with pytest.raises(KeyboardInterrupt):
-        policy.predict_action_chunk(batch)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            policy.predict_action_chunk(batch)
+    finally:
+        signal.signal(signal.SIGINT, ignored)
     assert fake.left.wait(20)
     # Nothing of it keeps the process from ending.
     assert not [t for t in threading.enumerate() if t.name.startswith("vla0") and not t.daemon]

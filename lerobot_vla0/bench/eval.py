@@ -10,7 +10,6 @@ import platform
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +26,7 @@ from ..libero.config import VLA0LiberoEnv
 from ..libero.env import LiberoEnv
 from ..libero.pool import EnvironmentPool, Job
 from ..libero.suites import NUM_INIT_STATES, check_task_ids
+from ..workers import worker_pool
 from . import common
 
 SUITE = "libero_object"  # the expert's
@@ -105,7 +105,7 @@ def bench_eval(config: BenchEvalConfig) -> dict[str, Any]:
 
 
 def _in_a_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+    with worker_pool(1) as process:
         return process.submit(function, *arguments).result()
 
 
