@@ -161,8 +161,10 @@ class Agent:
             batch[key] = preprocess_observation({"pixels": image})["observation.image"]
         is_vector = any(image.ndim == 4 for image in images.values())
         batch["task"] = _tasks(task, {key: len(batch[key]) for key in images} if is_vector else {})
-        if self.policy.config.use_state:
-            _check_state(batch.get(OBS_STATE), rows=len(batch["task"]), present=sorted(observation))
+        config = self.policy.config
+        if config.needs_state:
+            why = "use_state" if config.use_state else "use_relative_actions"
+            _check_state(batch.get(OBS_STATE), len(batch["task"]), sorted(observation), why)
         return batch, is_vector
 
 
@@ -181,10 +183,10 @@ def _tasks(task: str | Sequence[str], rows: dict[str, int]) -> list[str]:
     return list(tasks)
 
 
-def _check_state(state: Tensor | None, rows: int, present: list[str]) -> None:
+def _check_state(state: Tensor | None, rows: int, present: list[str], why: str) -> None:
     if state is None:
         raise ValueError(
-            f"use_state=True needs 'agent_pos' (or {OBS_STATE!r}), and the observation has {present}. Make "
+            f"{why}=True needs 'agent_pos' (or {OBS_STATE!r}), and the observation has {present}. Make "
             "the environment with it, for example obs_type='pixels_agent_pos'."
         )
     if state.ndim != 2 or len(state) != rows:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lerobot.configs import PreTrainedConfig as PolicyConfig
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import (
@@ -21,7 +22,7 @@ from transformers import (
 from transformers.initialization import no_init_weights
 from transformers.utils import cached_file, is_bitsandbytes_available, is_flash_attn_2_available
 
-from .configuration_vla0 import DTYPES, VLA0Config
+from .config_types import DTYPES
 from .families import FAMILIES, family
 from .files import check_kinds, read_json, reading, weight_files
 
@@ -183,7 +184,7 @@ def build_vlm(folder: Path, *, dtype: str, attn_implementation: str | None) -> t
     return model.eval(), load_processor(folder)
 
 
-def make_vlm(config: VLA0Config, folder: Path | None) -> tuple[nn.Module | None, Any]:
+def make_vlm(config: PolicyConfig, folder: Path | None) -> tuple[nn.Module | None, Any]:
     """(the VLM that a policy's config asks for, on its device, None with `server`; the VLM's processor).
 
     Args:

@@ -29,23 +29,27 @@ VLM_FOLDER = "vlm"  # config, tokenizer and image processor of the VLM
 WEIGHTS = "model.safetensors"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # The steps of the two processors by their names in LeRobot's registry, with the settings that are saved. One
-# can be of this package, which is named by its class.
+# can be of this package, which is named by its class; those of RELATIVE_STEPS can be missing.
 _NORMALIZER = {"eps", "features", "norm_map", "normalize_observation_keys"}
 STEPS: dict[str, dict[str, set[str]]] = {
     f"{POLICY_PREPROCESSOR_DEFAULT_NAME}.json": {
         "rename_observations_processor": {"rename_map"},
         "to_batch_processor": set(),
         "device_processor": {"device", "float_dtype"},
+        "relative_actions_processor": {"enabled", "exclude_joints", "action_names"},
         "normalizer_processor": _NORMALIZER,
         "vla0_action_encoder_processor": {"num_bins"},
     },
     f"{POLICY_POSTPROCESSOR_DEFAULT_NAME}.json": {
         "vla0_action_decoder_processor": {"num_bins"},
         "unnormalizer_processor": _NORMALIZER,
+        "absolute_actions_processor": {"enabled"},
         "device_processor": {"device", "float_dtype"},
     },
 }
-OWN_NORMALIZER = f"{__package__}.task_stats.normalizer_processor"
+RELATIVE_STEPS = ("relative_actions_processor", "absolute_actions_processor")
+OWN_STEPS = [f"{__package__}.{module}.normalizer_processor" for module in ("task_stats", "relative")]
+OWN_STEPS.append(f"{__package__}.relative.relative_actions_processor")
 # LeRobot's normaliser takes it for the range of a dimension that is constant.
 MAX_EPS = 1e-3
 # Arguments of `from_pretrained` that are handed to the Hub's client.
@@ -138,13 +142,14 @@ def admit_processors(folder: Path) -> None:
     Raises:
         ValueError: names the file and the step.
     """
-    for name, expected in STEPS.items():
+    for name, admitted in STEPS.items():
         file = folder / name
         if not file.is_file():
             continue
         with reading(file):
             steps = read_json(file)["steps"]
             found = [_step_name(step) for step in steps]
+            expected = {s: v for s, v in admitted.items() if s in found or s not in RELATIVE_STEPS}
             if found != list(expected):
                 raise ValueError(
                     f"{file} has the steps {found}, which could run code of whoever wrote it. It was not "
@@ -167,7 +172,7 @@ def _step_name(step: dict[str, Any]) -> str:
     if "registry_name" in step and "class" not in step:
         return step["registry_name"]
     named = " and ".join(str(step[key]) for key in ("registry_name", "class") if key in step)
-    return "normalizer_processor" if named == OWN_NORMALIZER else named
+    return named.rpartition(".")[2] if named in OWN_STEPS else named
 
 
 def check_checkpoint(
@@ -206,16 +211,13 @@ def check_checkpoint(
                 f"action has {now} dimensions here, but the checkpoint {folder} was trained with {was}. To "
                 f"train for another robot, start from the VLM: --policy.type=vla0 --policy.vlm={saved.vlm}."
             )
-    if saved.num_bins != config.num_bins:
-        raise ValueError(
-            f"num_bins={config.num_bins} differs from the checkpoint's {saved.num_bins} ({folder}): the "
-            "model and its processors count on the latter. Leave num_bins out."
-        )
-    if saved.action_norm != config.action_norm:
-        raise ValueError(
-            f"action_norm={config.action_norm!r} differs from the checkpoint's {saved.action_norm!r} "
-            f"({folder}): the integers would mean other actions. Leave action_norm out."
-        )
+    for name in ("num_bins", "action_norm", "use_relative_actions", "relative_exclude_joints"):
+        was, now = getattr(saved, name), getattr(config, name)
+        if was != now:
+            raise ValueError(
+                f"{name}={now!r} differs from the checkpoint's {was!r} ({folder}): the integers would mean "
+                f"other actions. Leave {name} out."
+            )
     # A postprocessor without statistics would hand normalised actions in [-1, 1] to the robot.
     postprocessor = folder / f"{POLICY_POSTPROCESSOR_DEFAULT_NAME}.json"
     if not postprocessor.is_file():
@@ -246,11 +248,23 @@ def _check_settings(config: PreTrainedConfig, processor: Path) -> None:
     so that integers would mean other actions; or moves dimensions that were constant in training."""
     expected = {kind: config.normalization_mapping[kind].value for kind in ("ACTION", "STATE")}
     with reading(processor):
-        for step in read_json(processor)["steps"]:
+        steps = read_json(processor)["steps"]
+        enabled = [step["config"].get("enabled") for step in steps if _step_name(step) in RELATIVE_STEPS]
+        if enabled != [True] * config.use_relative_actions:
+            raise ValueError(
+                f"{processor}: enabled={enabled} of {' or '.join(RELATIVE_STEPS)} does not fit "
+                f"use_relative_actions={config.use_relative_actions} of config.json. Copy or download the "
+                "whole checkpoint."
+            )
+        for step in steps:
             name, settings = step.get("registry_name") or step.get("class", ""), step.get("config", {})
             differing = {}
             if name.startswith("vla0_action_"):
                 differing = {"num_bins": (settings.get("num_bins", 1000), config.num_bins)}
+            elif name.endswith(RELATIVE_STEPS[0]):
+                wanted = {"exclude_joints": config.relative_exclude_joints}
+                wanted["action_names"] = config.action_feature_names
+                differing = {key: (settings.get(key), value) for key, value in wanted.items()}
             elif name.endswith("normalizer_processor"):
                 norm_map = settings.get("norm_map", {})
                 differing = {

@@ -1,30 +1,33 @@
 """LeRobot configuration of VLA-0 (`--policy.type=vla0`). Imports neither transformers nor a simulator."""
 
 import copy
-import inspect
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import draccus
-import torch
-from draccus.parsers import decoding
-from draccus.parsers.config_parsers import YAMLParser
-from draccus.utils import DecodingError
-from lerobot.configs import NormalizationMode, PreTrainedConfig
+from lerobot.configs import PreTrainedConfig
 from lerobot.optim import AdamWConfig
-from lerobot.optim.schedulers import ConstantWithWarmupSchedulerConfig
+from lerobot.optim.schedulers import (
+    ConstantWithWarmupSchedulerConfig,
+    CosineDecayWithWarmupSchedulerConfig,
+    LRSchedulerConfig,
+)
 
-# Data types of weights and computation, by their names in a config.
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-
-IDENTITY, MIN_MAX = NormalizationMode.IDENTITY, NormalizationMode.MIN_MAX
-# Integers need a bounded range. Images are normalised by the VLM's own image processor.
-BOUNDED = (MIN_MAX, NormalizationMode.QUANTILES, NormalizationMode.QUANTILE10)
-NORMALIZATIONS = {"STATE": BOUNDED, "ACTION": BOUNDED, "VISUAL": (IDENTITY,)}
+from .config_types import (
+    DTYPES,
+    FORMAT_VERSION,
+    IDENTITY,
+    MIN_MAX,
+    NORMALIZATIONS,
+    FormatVersion,
+    Names,
+    Normalizations,
+    check_features,
+    reasons_shown,
+)
 
 ABOVE_0 = (lambda v: 0 < v < math.inf, "above 0 and finite")
 AT_LEAST_0 = (lambda v: 0 <= v < math.inf, "at least 0 and finite")
@@ -35,6 +38,7 @@ ALLOWED = {
     "dtype": (lambda v: v in DTYPES, f"one of {', '.join(DTYPES)}"),
     "cameras": (lambda v: v is None or 0 < len(v) == len(set(v)), "None or a list of different image keys"),
     "image_size": (lambda v: 1 <= v <= 4096, "at least 1 pixel, and at most 4096"),
+    "image_fit": (lambda v: v in ("squash", "letterbox", "crop"), "squash, letterbox or crop"),
     "crop_ratio": (lambda v: 0 < v <= 1, "in (0, 1]"),
     "crop_rounding": (lambda v: v in ("down", "even"), "down or even"),
     "chunk_size": (lambda v: 1 <= v <= 1024, "at least 1, and at most 1024"),
@@ -50,61 +54,10 @@ ALLOWED = {
     "ensemble_size": (lambda v: v >= 1, "at least 1"),
     "ensemble_weight": (lambda v: 0 < v <= 1, "in (0, 1]"),
     "draft_length": (lambda v: v is None or 0 <= v <= 63, "None or in 0..63"),
-    **dict.fromkeys(["scheduler_warmup_steps", "temperature"], AT_LEAST_0),
+    **dict.fromkeys(["scheduler_warmup_steps", "scheduler_decay_steps", "scheduler_decay_lr"], AT_LEAST_0),
+    **dict.fromkeys(["temperature", "empty_cameras"], AT_LEAST_0),
     "server": (lambda v: v is None or re.match("https?://", v), "a URL that begins with http:// or https://"),
 }
-
-
-class FormatVersion(int):
-    """A type of its own, so that a newer version is refused before the reading of config.json comes to the
-    fields that the newer version has added."""
-
-
-# Raised when a checkpoint of this package could no longer be read, or would act otherwise, in an older one.
-# Adding a field does not count: an older version refuses a field that it does not know by name.
-FORMAT_VERSION = FormatVersion(1)
-
-
-@draccus.decode.register(FormatVersion)
-def _read_format_version(raw: object, path: Sequence[str]) -> FormatVersion:
-    if not isinstance(raw, int) or raw < 1:
-        raise DecodingError(path, f"{raw!r} is not allowed: it must be an integer from 1.")
-    if raw > FORMAT_VERSION:
-        raise DecodingError(
-            path,
-            f"version {raw} was written by a newer lerobot_policy_vla0; the one that is installed reads up "
-            f"to {FORMAT_VERSION}. Upgrade: pip install --upgrade lerobot_policy_vla0",
-        )
-    return FormatVersion(raw)
-
-
-class CameraKeys(list[str]):
-    """A list that may be YAML text: with `--policy.path=` LeRobot reads JSON, and leaves '[a, b]' as text."""
-
-
-class Normalizations(dict[str, NormalizationMode]):
-    """A dict that may be YAML text."""
-
-
-def _from_yaml(plain: type) -> Callable[[object, Sequence[str]], object]:
-    read = decoding.get_decoding_fn(plain)
-    return lambda raw, path: read(YAMLParser.parse_string(raw) if isinstance(raw, str) else raw, path)
-
-
-draccus.decode.register(CameraKeys, _from_yaml(list[str]))
-draccus.decode.register(Normalizations, _from_yaml(dict[str, NormalizationMode]))
-
-
-@contextmanager
-def reasons_shown() -> Iterator[None]:
-    """Around the checks of a config. draccus hides the text of a ValueError ("Couldn't instantiate class"),
-    but not that of its own error: it gets that one, and Python callers the ValueError."""
-    try:
-        yield
-    except ValueError as error:
-        if any(caller.filename == decoding.__file__ for caller in inspect.stack(context=0)):
-            raise DecodingError((), str(error)) from error
-        raise
 
 
 def _check(name: str, value: object, allowed: Callable[..., object], what: str) -> None:
@@ -148,10 +101,16 @@ class VLA0Config(PreTrainedConfig):
     # [2. Cameras and pictures]
     # Image keys in the order in which they are shown, as in '[observation.images.front,
     # observation.images.wrist]'; None takes all of the data set, in its order.
-    cameras: CameraKeys | None = None
+    cameras: Names | None = None
+    # Cameras of the checkpoint that may be missing where it acts or is trained on; the model sees a black
+    # picture in the place of each. At least 0; others that are missing are an error.
+    empty_cameras: int = 0
     # Side in pixels that each camera is resized to: a multiple of 28 for Qwen2.5-VL, Qwen2-VL and InternVL,
     # of 32 for Qwen3-VL, of 64 for SmolVLM2 (2.2B: 42); 896 for Gemma 3. Source: NVlabs, IMAGE.img_size.
     image_size: int = 224
+    # How a camera that is not square becomes a square of image_size: "squash" changes its aspect ratio, as
+    # the original does; "letterbox" keeps it, with black bars; "crop" takes the middle square.
+    image_fit: str = "squash"
     # Share of height and width that is kept, in (0, 1]: random crop in training, centre crop otherwise; 1
     # keeps the whole image. Source: NVlabs, IMAGE.crop_img.
     crop_ratio: float = 0.875
@@ -182,6 +141,13 @@ class VLA0Config(PreTrainedConfig):
     normalization_mapping: Normalizations = field(
         default_factory=lambda: {"VISUAL": IDENTITY, "STATE": MIN_MAX, "ACTION": MIN_MAX}
     )
+    # The model writes actions minus the state that it sees, as LeRobot's pi0 with this field. Needs
+    # observation.state with the action's joints, in the same order, at its beginning.
+    use_relative_actions: bool = False
+    # Dimensions that stay absolute: those of whose name in action_feature_names one of these is a part.
+    relative_exclude_joints: Names = field(default_factory=lambda: ["gripper"])
+    # Names of the action's dimensions; taken from the data set in training.
+    action_feature_names: Names | None = None
     # Append the robot's state to the instruction, as integers 0..num_bins. The paper gives the model none.
     use_state: bool = False
     # Observations shown to the model; only 1 is allowed. Source: NVlabs, history.
@@ -216,8 +182,12 @@ class VLA0Config(PreTrainedConfig):
     optimizer_weight_decay: float = 1e-10
     # Largest norm of the gradient; 0 does not clip. Source: vla0-trl, which does better with clipping.
     optimizer_grad_clip_norm: float = 1.0
-    # Steps of linear warm-up to the constant learning rate, at least 0. Source: NVlabs, EXP.LR_SCHED (none).
+    # Steps of linear warm-up to the learning rate, at least 0. Source: NVlabs, EXP.LR_SCHED (none).
     scheduler_warmup_steps: int = 0
+    # Steps of a cosine down to scheduler_decay_lr, which shorter runs shorten; 0: constant learning rate.
+    scheduler_decay_steps: int = 0
+    # Learning rate at the end of the cosine, at least 0.
+    scheduler_decay_lr: float = 4e-6
     # Recompute activations in the backward pass: less memory, about a third more time.
     gradient_checkpointing: bool = False
     # Load the language model of `vlm` in 4 bits, to train an adapter on it (QLoRA, arXiv 2305.14314: with
@@ -270,6 +240,11 @@ class VLA0Config(PreTrainedConfig):
                     f"ensemble_size={self.ensemble_size} has nothing to average: n_action_steps="
                     f"{self.n_action_steps} executes the whole chunk. Lower n_action_steps, for example to 1."
                 )
+            by_task = self.use_relative_actions and self.action_norm == "task"
+            _check("use_relative_actions", by_task, lambda v: not v, "False with action_norm='task'")
+            decay, warmup = self.scheduler_decay_steps, self.scheduler_warmup_steps
+            what = f"0, or more than scheduler_warmup_steps ({warmup})"
+            _check("scheduler_decay_steps", decay, lambda v: not v or v > warmup, what)
             streamed = self.stream and self.ensemble_size > 1
             _check("stream", streamed, lambda v: not v, "False with ensemble_size > 1")
             for kind, modes in NORMALIZATIONS.items():
@@ -278,27 +253,7 @@ class VLA0Config(PreTrainedConfig):
 
     def validate_features(self) -> None:
         """Checks input and output features, which LeRobot fills in from the data set or environment."""
-        inputs, outputs = sorted(self.input_features or {}), sorted(self.output_features or {})
-        if self.action_feature is None:
-            raise ValueError(f"VLA-0 needs an `action` feature; the data set or environment has {outputs}.")
-        if len(self.action_feature.shape) != 1:
-            raise ValueError(f"action must be a vector, got shape {tuple(self.action_feature.shape)}.")
-        present = sorted(self.image_features)
-        if not present:
-            raise ValueError(
-                f"VLA-0 needs at least one camera: no image feature among {inputs}. Use a data set or "
-                "environment with images."
-            )
-        unknown = [key for key in self.cameras or [] if key not in present]
-        if unknown:
-            raise ValueError(
-                f"cameras={self.cameras!r} names {unknown}, which are not there. Present: {present}."
-            )
-        if self.use_state and self.robot_state_feature is None:
-            raise ValueError(
-                f"use_state=True needs the feature observation.state; present are {inputs}. Set "
-                "use_state=false."
-            )
+        check_features(self)
 
     def _save_pretrained(self, save_directory: Path) -> None:
         saved = copy.copy(self)
@@ -311,6 +266,10 @@ class VLA0Config(PreTrainedConfig):
         return list(self.cameras or self.image_features)
 
     @property
+    def needs_state(self) -> bool:
+        return self.use_state or self.use_relative_actions
+
+    @property
     def jitter(self) -> tuple[float, float, float, float]:
         return self.jitter_brightness, self.jitter_contrast, self.jitter_saturation, self.jitter_hue
 
@@ -318,8 +277,15 @@ class VLA0Config(PreTrainedConfig):
         names = ("lr", "betas", "eps", "weight_decay", "grad_clip_norm")
         return AdamWConfig(**{name: getattr(self, f"optimizer_{name}") for name in names})
 
-    def get_scheduler_preset(self) -> ConstantWithWarmupSchedulerConfig | None:
-        steps = self.scheduler_warmup_steps
+    def get_scheduler_preset(self) -> LRSchedulerConfig | None:
+        steps, decay = self.scheduler_warmup_steps, self.scheduler_decay_steps
+        if decay:
+            return CosineDecayWithWarmupSchedulerConfig(
+                num_warmup_steps=steps,
+                num_decay_steps=decay,
+                peak_lr=self.optimizer_lr,
+                decay_lr=self.scheduler_decay_lr,
+            )
         return ConstantWithWarmupSchedulerConfig(num_warmup_steps=steps) if steps else None
 
     # What LeRobot loads around a frame: no other observations, no rewards, a chunk of actions.

@@ -3,6 +3,7 @@
 Holds no weights, so that a data loader's worker can have a copy.
 """
 
+import logging
 import random
 from dataclasses import dataclass
 from typing import Any
@@ -14,8 +15,9 @@ from torch import Tensor
 from . import backbone
 from .action_codec import ActionCodec
 from .configuration_vla0 import VLA0Config
-from .images import prepare_images
+from .images import fitted, prepare_images
 from .prompt import ChatFormatter
+from .relative import ORIGIN
 from .task_stats import TASK_RANGE
 
 MAX_INTEGERS = 8192  # of a prediction: far beyond any use. What a file asks for must not fill the memory.
@@ -40,6 +42,7 @@ class Observation:
     tasks: list[str]
     state: Tensor | None  # (B, S), normalised to [-1, 1]; None if the policy does not use it
     task_range: Tensor | None  # (B, 2, D), see task_stats.TASK_RANGE; None with action_norm="dataset"
+    origin: Tensor | None = None  # (B, D), relative.ORIGIN in bins; None where actions are absolute
 
     def __len__(self) -> int:
         return len(self.tasks)
@@ -51,6 +54,7 @@ class Observation:
             [self.tasks[row] for row in rows],
             None if self.state is None else self.state[rows],
             None if self.task_range is None else self.task_range[rows],
+            None if self.origin is None else self.origin[rows],
         )
 
 
@@ -111,6 +115,8 @@ class ExampleMaker:
             add_vision_id=config.add_vision_id,
         )
         self.codec = ActionCodec(config.num_bins)
+        self._missing: list[str] = []  # cameras of the last warning
+        self._trained_on: set[str] = set()  # cameras whose first batch has been checked
 
     def check(self, batch: dict[str, Any]) -> Observation:
         """The part of a batch that the model looks at, checked.
@@ -120,15 +126,23 @@ class ExampleMaker:
         """
         config, keys = self.config, self.config.camera_keys
         missing = [key for key in keys if key not in batch]
-        if missing:
+        if len(missing) > min(config.empty_cameras, len(keys) - 1):
             present = sorted(key for key in batch if key.startswith("observation.image"))
             raise ValueError(
                 f"the batch lacks the camera images {missing}; it has {present}. Rename cameras with "
-                "--rename_map, or train on the cameras that the robot or environment has "
-                "(--policy.cameras)."
+                "--rename_map, train on the cameras that the robot or environment has (--policy.cameras), or "
+                f"show black pictures instead (--policy.empty_cameras={len(missing)}, at most all but one)."
             )
+        keys = [key for key in keys if key not in missing]
         for key in keys:
             self._check_images(key, batch[key])
+        if missing and missing != self._missing:
+            self._missing = missing
+            logging.warning(
+                f"the cameras {missing} are not there: the model sees black pictures "
+                f"(empty_cameras={config.empty_cameras})."
+            )
+        black = {key: torch.zeros_like(batch[keys[0]]) for key in missing}
         if batch.get("task") is None:
             raise ValueError(
                 "the batch has no 'task': VLA-0 needs one instruction per row. Use a data set whose "
@@ -159,11 +173,17 @@ class ExampleMaker:
                 f"the batch has no {TASK_RANGE!r}, by which action_norm='task' reads integers. Pass the "
                 "batch through the policy's preprocessor first."
             )
+        if config.use_relative_actions and ORIGIN not in batch:
+            raise ValueError(
+                f"the batch has no {ORIGIN!r}, which use_relative_actions=True needs. Pass the batch, with "
+                f"{OBS_STATE!r}, through the policy's preprocessor first."
+            )
         return Observation(
-            [batch[key] for key in keys],
+            [black[key] if key in black else batch[key] for key in config.camera_keys],
             tasks,
             state,
             batch[TASK_RANGE] if by_task else None,
+            batch[ORIGIN] * (config.num_bins / 2) if config.use_relative_actions else None,
         )
 
     def _check_images(self, key: str, images: Any) -> None:
@@ -172,34 +192,54 @@ class ExampleMaker:
         if not good or images.shape[1] != 3:
             kind, shape = getattr(images, "dtype", type(images).__name__), getattr(images, "shape", ())
             hint = ""
-            if good and images.shape[1] == 1:
-                hint = " A depth camera cannot be shown: choose the others with --policy.cameras."
+            if good and images.shape[1] <= 4:
+                hint = " A depth or grey camera cannot be shown: choose the others with --policy.cameras."
             raise ValueError(
                 f"{key} must be a float tensor (B, 3, H, W) in [0, 1], got {kind} of shape {tuple(shape)}"
                 f"{'' if isinstance(images, Tensor) else f' ({type(images).__name__})'}.{hint}"
             )
         height, width = images.shape[-2:]
-        h, w = (int(side * config.crop_ratio) for side in (height, width))
-        if min(h, w) < config.image_size and not self.rule.fixed:
+        (h, w), (to_h, to_w) = self._fitted(images)
+        if (h < to_h or w < to_w) and not self.rule.fixed:
             raise ValueError(
-                f"{key} is {height}×{width} pixels, {h}×{w} after the crop (crop_ratio={config.crop_ratio}): "
-                f"smaller than image_size={config.image_size}, it would have to be enlarged. Lower "
-                "image_size, or raise crop_ratio."
+                f"{key} is {height}×{width} pixels, {h}×{w} after the crop (crop_ratio={config.crop_ratio}, "
+                f"image_fit={config.image_fit}): smaller than the {to_h}×{to_w} of image_size="
+                f"{config.image_size}, it would have to be enlarged. Lower image_size, or raise crop_ratio."
+            )
+
+    def _fitted(self, images: Tensor) -> tuple[tuple[int, int], tuple[int, int]]:
+        config = self.config
+        return fitted(
+            *images.shape[-2:], size=config.image_size, crop_ratio=config.crop_ratio, fit=config.image_fit
+        )
+
+    def _check_range(self, key: str, images: Tensor) -> None:
+        low, high = torch.stack(images.aminmax()).tolist()
+        if not (low >= 0 and high <= 1):  # with a NaN, both are NaN
+            raise ValueError(
+                f"{key} has values from {low:g} to {high:g}: they must be finite and in [0, 1]. Divide "
+                "bytes by 255."
             )
 
     def pictures(self, observation: Observation, generator: torch.Generator | None) -> Tensor:
         """uint8 (B, N, 3, H, W) of N pictures per row, augmented if a generator is given.
 
         Raises:
-            ValueError: not augmented, as when acting, and an image is not finite or not in [0, 1].
+            ValueError: an image is not finite or not in [0, 1]: looked for when nothing is augmented, as in
+                acting, and in the first batch that is.
         """
         config = self.config
         for key, images in zip(config.camera_keys, observation.cameras, strict=True):
-            low, high = (0.0, 1.0) if generator is not None else torch.stack(images.aminmax()).tolist()
-            if not (low >= 0 and high <= 1):  # with a NaN, both are NaN
-                raise ValueError(
-                    f"{key} has values from {low:g} to {high:g}: they must be finite and in [0, 1]. Divide "
-                    "bytes by 255."
+            if generator is None:
+                self._check_range(key, images)
+            elif key not in self._trained_on:
+                self._check_range(key, images)
+                self._trained_on.add(key)
+                (h, w), (to_h, to_w) = self._fitted(images)
+                logging.info(
+                    f"{key}: {images.shape[-2]}×{images.shape[-1]} pixels, of which {h}×{w} are kept and "
+                    f"become {to_h}×{to_w} (crop_ratio={config.crop_ratio}, image_fit={config.image_fit}, "
+                    f"image_size={config.image_size})"
                 )
         return prepare_images(
             observation.cameras,
@@ -208,6 +248,7 @@ class ExampleMaker:
             tile=config.tile_images,
             antialias=config.resize_antialias,
             crop_rounding=config.crop_rounding,
+            fit=config.image_fit,
             jitter=config.jitter,
             generator=generator,
         )

@@ -9,6 +9,7 @@ bytes, in training and in acting, as the three codes that VLA-0 is trained with 
 import torch
 import torchvision.transforms.v2.functional as F  # noqa: N812
 from torch import Tensor
+from torch.nn.functional import pad
 
 GRAY = (0.2989, 0.587, 0.114)  # ITU-R 601 luma, torchvision's rgb_to_grayscale
 
@@ -22,9 +23,7 @@ def crop(
     height, width = images.shape[-2:]
     h, w = int(height * ratio), int(width * ratio)
     if generator is None:
-        half = (lambda rest: round(rest / 2)) if rounding == "even" else (lambda rest: rest // 2)
-        top, left = half(height - h), half(width - w)
-        return images[..., top : top + h, left : left + w]
+        return _centre(images, h, w, rounding)
     n = len(images)
     tops = torch.randint(0, height - h + 1, (n,), generator=generator).tolist()
     lefts = torch.randint(0, width - w + 1, (n,), generator=generator).tolist()
@@ -32,6 +31,28 @@ def crop(
     return torch.stack(
         [image[:, i : i + h, j : j + w] for image, i, j in zip(images, tops, lefts, strict=True)]
     )
+
+
+def _centre(images: Tensor, h: int, w: int, rounding: str) -> Tensor:
+    """The middle h × w pixels."""
+    half = (lambda rest: round(rest / 2)) if rounding == "even" else (lambda rest: rest // 2)
+    top, left = half(images.shape[-2] - h), half(images.shape[-1] - w)
+    return images[..., top : top + h, left : left + w]
+
+
+def fitted(
+    height: int, width: int, *, size: int, crop_ratio: float, fit: str
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """What becomes of a camera's picture: (height, width) of the part that is kept, and of what it is resized
+    to. "squash" resizes to size × size whatever the shape; "crop" takes the middle square first; "letterbox"
+    keeps the aspect ratio, so that the longer side has `size` pixels and the rest stays black."""
+    if fit == "crop":
+        height = width = min(height, width)
+    h, w = int(height * crop_ratio), int(width * crop_ratio)
+    if fit != "letterbox":
+        return (h, w), (size, size)
+    longer = max(h, w, 1)
+    return (h, w), (max(1, round(h * size / longer)), max(1, round(w * size / longer)))
 
 
 def color_jitter(
@@ -99,18 +120,18 @@ def _shift_hue(images: Tensor, shift: Tensor) -> Tensor:
     return torch.stack([share.clamp_(0, 1).mul_(chroma).add_(low) for share in shares], dim=-3)
 
 
-def _levels(images: Tensor, size: int, antialias: bool) -> Tensor:
-    """Images in [0, 1], of any size → grey levels in [0, 255] of size × size pixels, a new tensor.
+def _levels(images: Tensor, size: tuple[int, int], antialias: bool) -> Tensor:
+    """Images in [0, 1], of any size → levels in [0, 255] of `size` (height, width), a new tensor.
 
     Truncated, they are the bytes of the code that resizes so: NVlabs/vla0 resizes levels without
     antialiasing, vla0-trl and TinyVLA numbers in [0, 1] with it. The camera's own bytes are rounded, because
     byte / 255 * 255 may come out a little below the byte.
     """
-    if images.shape[-2:] == (size, size):
+    if images.shape[-2:] == size:
         return (images * 255).round_()
     if antialias:
-        return F.resize(images, [size, size], antialias=True) * 255
-    return F.resize((images * 255).round_(), [size, size], antialias=False)
+        return F.resize(images, list(size), antialias=True) * 255
+    return F.resize((images * 255).round_(), list(size), antialias=False)
 
 
 def prepare_images(
@@ -121,6 +142,7 @@ def prepare_images(
     tile: bool,
     antialias: bool,
     crop_rounding: str = "down",
+    fit: str = "squash",
     jitter: tuple[float, float, float, float] | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
@@ -128,11 +150,12 @@ def prepare_images(
 
     Args:
         cameras: one float tensor (B, 3, H, W) in [0, 1] per camera, in prompt order; sizes may differ.
-        size: side of the square that each camera is resized to, in pixels.
+        size: side of the square that each camera becomes, in pixels.
         crop_ratio: share of height and width that is kept, in (0, 1].
         tile: True puts all cameras side by side in one picture, False keeps one picture per camera.
         antialias: as in torchvision's resize.
         crop_rounding: as in `crop`.
+        fit: "squash", "crop" or "letterbox", see `fitted`. Bars are black, whatever the jitter.
         jitter: strengths for `color_jitter` (brightness, contrast, saturation, hue); used with a generator.
         generator: CPU generator for crops and jitter; None for evaluation (centre crop, no jitter).
 
@@ -141,8 +164,14 @@ def prepare_images(
     """
     pictures = []
     for images in cameras:
-        levels = _levels(crop(images, crop_ratio, generator, rounding=crop_rounding), size, antialias)
+        if fit == "crop":
+            side = min(images.shape[-2:])
+            images = _centre(images, side, side, crop_rounding)
+        _, (h, w) = fitted(*images.shape[-2:], size=size, crop_ratio=crop_ratio, fit=fit)
+        levels = _levels(crop(images, crop_ratio, generator, rounding=crop_rounding), (h, w), antialias)
         if generator is not None and jitter is not None:
             levels = color_jitter(levels.div_(255), *jitter, generator=generator).mul_(255)
-        pictures.append(levels.clamp_(0, 255).to(torch.uint8))
+        top, left = (size - h) // 2, (size - w) // 2
+        picture = levels.clamp_(0, 255).to(torch.uint8)
+        pictures.append(pad(picture, (left, size - w - left, top, size - h - top)))
     return torch.cat(pictures, dim=-1).unsqueeze(1) if tile else torch.stack(pictures, dim=1)

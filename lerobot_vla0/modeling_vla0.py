@@ -18,7 +18,14 @@ from torch import Tensor, nn
 from . import adapters, backbone
 from .checkpoint import HUB_OPTIONS, VLM_FOLDER, Checkpoint, check_checkpoint, readable
 from .configuration_vla0 import VLA0Config
-from .decoding.chunk_decoder import ChunkDecoder, EpisodeState, Lock, episode_rows
+from .decoding.chunk_decoder import (
+    ChunkDecoder,
+    EpisodeState,
+    Lock,
+    as_seen_now,
+    episode_rows,
+    remember_look,
+)
 from .decoding.rtc import read_left_over
 from .decoding.server import ServerDecoder
 from .examples import ExampleMaker, augmentation_generator
@@ -201,17 +208,20 @@ class VLA0Policy(PreTrainedPolicy):
                 if (action := next(self._stream, None)) is None:
                     self._stream = self.decoder.decode_chunk(observation, config.n_action_steps, episodes)
                     action = next(self._stream)
-                return action
+                    remember_look(episodes, observation)
+                return as_seen_now(action, episodes, observation)
             # Environments that were reset at different times look at different times.
             rows = [row for row, episode in enumerate(episodes) if not episode.actions]
             if rows:
                 # Later chunks are averaged with what this one says about their timesteps.
                 steps = min(config.chunk_size, config.n_action_steps * config.ensemble_size)
-                due = [episodes[row] for row in rows]
-                decoding = self.decoder.decode_chunk(observation.take(rows), steps, due)
+                due, seen = [episodes[row] for row in rows], observation.take(rows)
+                decoding = self.decoder.decode_chunk(seen, steps, due)
+                remember_look(due, seen)
                 for episode, chunk in zip(due, torch.stack(list(decoding), dim=1), strict=True):
                     episode.add_chunk(chunk, executed=config.n_action_steps)
-            return torch.stack([episode.actions.popleft() for episode in episodes])
+            actions = torch.stack([episode.actions.popleft() for episode in episodes])
+            return as_seen_now(actions, episodes, observation)
 
     def _save_pretrained(self, save_directory: Path, **kwargs: Any) -> None:
         # LeRobot 0.6.1 passes `state_dict`, in the main process; 0.6.2 passes nothing, in every process.

@@ -131,7 +131,7 @@ def _errors_of_configs() -> Iterator[None]:
         yield
     except ParsingError as error:
         # A DecodingError of a field names field, value and type already; one of the whole config is how the
-        # config's ValueError passes through draccus (`configuration_vla0.reasons_shown`).
+        # config's ValueError passes through draccus (`config_types.reasons_shown`).
         of_a_field = isinstance(error, DecodingError) and error.key_path
         if of_a_field or not isinstance(error.__cause__, ValueError):
             raise

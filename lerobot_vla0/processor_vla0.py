@@ -1,11 +1,12 @@
 """LeRobot processors of VLA-0. They handle numbers only; text and images are made by the policy, because a
 processor is not told whether it runs in training, where images are augmented.
 
-    preprocessor:  rename → add batch axis → device → normalise → actions to integers
-    postprocessor: integers to actions → un-normalise → CPU
+    preprocessor:  rename → add batch axis → device → (subtract the state) → normalise → actions to integers
+    postprocessor: integers to actions → un-normalise → (add the state) → CPU
 
-All but the conversions to and from integers are LeRobot's steps, under the names by which its scripts
-override them (with `action_norm="task"`, a subclass of its normaliser). The saved state is all they need.
+The steps in brackets are there with `use_relative_actions`. All but the conversions to and from integers are
+LeRobot's steps (or, with it and with `action_norm="task"`, subclasses of them), under the names by which its
+scripts override them. The saved state is all they need.
 """
 
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any
 from lerobot.configs import PipelineFeatureType, PolicyFeature
 from lerobot.lerobot_types import EnvTransition, PolicyAction, TransitionKey
 from lerobot.processor import (
+    AbsoluteActionsProcessorStep,
     PolicyActionProcessorStep,
     PolicyProcessorPipeline,
     ProcessorStep,
@@ -129,6 +131,7 @@ def make_vla0_pre_post_processors(
             finite, or of another length.
     """
     # Imported here: task_stats imports lerobot.processor, and the import of that registers this module.
+    from . import relative
     from .task_stats import (
         check_action_statistics,
         check_state_statistics,
@@ -144,13 +147,16 @@ def make_vla0_pre_post_processors(
     if config.action_norm == "task":
         check_task_statistics(dataset_stats)
         normalize = normalizer_processor(normalize.features, normalize.norm_map, dataset_stats)
+    input_steps = [steps.rename_observations, steps.add_batch_dim, steps.to_device]
+    output_steps = [VLA0ActionDecoderStep(config.num_bins), steps.unnormalize]
+    if config.use_relative_actions:
+        to_relative = relative.relative_actions_processor(
+            True, list(config.relative_exclude_joints), config.action_feature_names
+        )
+        input_steps.append(to_relative)
+        output_steps.append(AbsoluteActionsProcessorStep(True, to_relative))
+        normalize = relative.normalizer_processor(normalize.features, normalize.norm_map, dataset_stats)
     return make_policy_processor_pipelines(
-        input_steps=[
-            steps.rename_observations,
-            steps.add_batch_dim,
-            steps.to_device,
-            normalize,
-            VLA0ActionEncoderStep(config.num_bins),
-        ],
-        output_steps=[VLA0ActionDecoderStep(config.num_bins), steps.unnormalize, steps.to_cpu],
+        input_steps=[*input_steps, normalize, VLA0ActionEncoderStep(config.num_bins)],
+        output_steps=[*output_steps, steps.to_cpu],
     )

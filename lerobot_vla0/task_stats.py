@@ -235,7 +235,7 @@ class normalizer_processor(NormalizerProcessorStep):  # noqa: N801
     def _range(self, key: str) -> Tensor:
         """(2, D): see TASK_RANGE."""
         statistic = next(iter(self._tensor_stats[key].values()))
-        edges = torch.stack([-torch.ones_like(statistic), torch.ones_like(statistic)]).reshape(2, -1)
+        edges = statistic.new_tensor([[-1.0], [1.0]]).expand(2, self.features[ACTION].shape[0])
         if key == ACTION:
             return edges
         actions = self._apply_transform(edges, key, FeatureType.ACTION, inverse=True)

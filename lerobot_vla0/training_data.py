@@ -19,6 +19,7 @@ from lerobot.utils.feature_utils import dataset_to_policy_features
 
 from .configuration_vla0 import VLA0Config
 from .files import reading
+from .relative import take_relative_statistics
 from .task_stats import (
     STATISTICS,
     add_task_statistics,
@@ -50,7 +51,8 @@ def read_metadata(repo_id: str, root: Path | str | None, **hub: Any) -> LeRobotD
 
 def prepare_data(config: VLA0Config, meta: Any) -> None:
     """Takes the data set's shapes into `config`, and checks its tasks, actions, states and statistics. With
-    `action_norm="task"`, adds the statistics of each task to `meta.stats`, which the processors get.
+    `action_norm="task"`, adds the statistics of each task to `meta.stats`, which the processors get; with
+    `use_relative_actions`, those of the action become those of relative ones.
 
     Args:
         meta: a `LeRobotDatasetMetadata`.
@@ -61,12 +63,15 @@ def prepare_data(config: VLA0Config, meta: Any) -> None:
     """
     _take_features(config, meta.features)
     config.validate_features()
+    _take_names(config, meta.features.get(ACTION, {}).get("names"))
     _check_tasks(meta)
     files = frame_files(meta)
     if not files:
         logging.info(f"{meta.root} holds no frames (streamed data): they are not checked before training.")
     _check_frames(config, files)
     where = str(meta.root / "meta/stats.json")
+    if config.use_relative_actions:
+        take_relative_statistics(config, meta)
     check_action_statistics(config, meta.stats, where)
     check_state_statistics(config, meta.stats, where)
     if config.action_norm == "task":
@@ -78,9 +83,18 @@ def _take_features(config: VLA0Config, features: dict[str, dict]) -> None:
     A feature of other cameras' names is kept: it may be renamed. What is not looked at is left out."""
     data = dataset_to_policy_features(features)
     inputs = {key: data.get(key, feature) for key, feature in config.input_features.items()}
-    state = {key: data.get(key, inputs.get(key)) for key in [OBS_STATE] if config.use_state}
+    state = {key: data.get(key, inputs.get(key)) for key in [OBS_STATE] if config.needs_state}
     cameras = {key: feature for key, feature in inputs.items() if feature.type is FeatureType.VISUAL}
     config.input_features = cameras | {key: feature for key, feature in state.items() if feature}
+
+
+def _take_names(config: VLA0Config, names: Any) -> None:
+    """Names of the action's dimensions, which older data have in groups; LeRobot takes the groups' names."""
+    if isinstance(names, dict) and all(isinstance(group, list) for group in names.values()):
+        names = [name for group in names.values() for name in group]
+    dim = config.action_feature.shape[0]
+    given = (list(map(str, x)) for x in (names, config.action_feature_names) if x and len(x) == dim)
+    config.action_feature_names = next(given, None)
 
 
 def _check_tasks(meta: Any) -> None:
@@ -106,7 +120,7 @@ def _check_frames(config: VLA0Config, files: list[Path]) -> None:
     """Raises ValueError if an action, or a state that is used, is NaN or infinite."""
     first, episodes, frames = "", set(), 0
     sizes = {ACTION: config.action_feature.shape[0]}
-    if config.use_state:
+    if config.needs_state:
         sizes[OBS_STATE] = config.robot_state_feature.shape[0]
     for file in files:
         # A state that is to be renamed has another name here.

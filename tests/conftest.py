@@ -147,7 +147,12 @@ def process_env(tmp_path_factory) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def robot_checkpoint(tiny_vlm, tmp_path_factory) -> Path:
-    """A policy for the robot of lerobot_robot_mock.py, with random weights, as lerobot-train saves it."""
+    return make_robot_checkpoint(tiny_vlm, tmp_path_factory.mktemp("rollout") / "checkpoint")
+
+
+def make_robot_checkpoint(tiny_vlm: Path, out: Path, reach: float = 90.0, **overrides) -> Path:
+    """A policy for the robot of lerobot_robot_mock.py, with random weights, as lerobot-train saves it. Its
+    actions are in -reach..reach."""
     from lerobot.configs import FeatureType, PolicyFeature
     from lerobot_robot_mock import CAMERAS
 
@@ -165,11 +170,11 @@ def robot_checkpoint(tiny_vlm, tmp_path_factory) -> Path:
         num_bins=100,
         input_features={**cameras, "observation.state": PolicyFeature(FeatureType.STATE, (6,))},
         output_features={"action": PolicyFeature(FeatureType.ACTION, (6,))},
+        **overrides,
     )
     policy = VLA0Policy(config).eval()
     randomise(policy)
-    limits = {"min": torch.full((6,), -90.0), "max": torch.full((6,), 90.0)}
-    out = tmp_path_factory.mktemp("rollout") / "checkpoint"
+    limits = {"min": torch.full((6,), -reach), "max": torch.full((6,), reach)}
     policy.save_pretrained(out)
     for processor in make_vla0_pre_post_processors(config, {"action": limits, "observation.state": limits}):
         processor.save_pretrained(out)

@@ -3,6 +3,7 @@ import re
 
 import draccus
 import pytest
+import torch
 import yaml
 from conftest import make_config
 from draccus.utils import DecodingError
@@ -29,6 +30,23 @@ def test_defaults_are_the_published_recipe():
     assert config.get_scheduler_preset() is None
     assert VLA0Config(device="cpu", scheduler_warmup_steps=5).get_scheduler_preset().num_warmup_steps == 5
     assert config.action_delta_indices == list(range(8)) and config.observation_delta_indices is None
+
+
+def test_cosine_decay():
+    """LeRobot's schedule: after the warm-up from optimizer_lr down to scheduler_decay_lr."""
+    settings = {"scheduler_warmup_steps": 10, "scheduler_decay_steps": 100, "scheduler_decay_lr": 1e-6}
+    scheduler = VLA0Config(device="cpu", **settings).get_scheduler_preset()
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=4e-5)
+    schedule = scheduler.build(optimizer, num_training_steps=200)
+    rates = [optimizer.param_groups[0]["lr"]]
+    for _ in range(150):
+        optimizer.step()
+        schedule.step()
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates[0] < 5e-6 and max(rates) == pytest.approx(4e-5, rel=0.03)
+    assert rates[50] == pytest.approx((4e-5 + 1e-6) / 2) and rates[100:] == pytest.approx([1e-6] * 51)
+    with pytest.raises(ValueError, match="scheduler_decay_steps=100 .* more than scheduler_warmup_steps"):
+        VLA0Config(device="cpu", **{**settings, "scheduler_warmup_steps": 100})
 
 
 def test_every_field_is_explained_in_help():
@@ -86,6 +104,10 @@ REFUSED = [
     ("action_mask_prob", 1.5, "in \\[0, 1\\]"),
     ("optimizer_lr", 0.0, "above 0"),
     ("scheduler_warmup_steps", -1, "at least 0"),
+    ("scheduler_decay_steps", -1, "at least 0"),
+    ("scheduler_decay_lr", -1e-6, "at least 0 and finite"),
+    ("empty_cameras", -1, "at least 0"),
+    ("image_fit", "stretch", "squash, letterbox or crop"),
     ("chunk_size", None, "at least 1"),
     ("n_action_steps", None, "1..chunk_size \\(8\\)"),
     ("optimizer_betas", (0.9, 1.0), "two numbers in \\[0, 1\\)"),
@@ -181,6 +203,16 @@ def test_quantiles_are_accepted():
         (
             {"cameras": ["observation.images.top"]},
             "which are not there. Present: .*observation.images.image2",
+        ),
+        (
+            {
+                "input_features": {
+                    "observation.images.colour": PolicyFeature(FeatureType.VISUAL, (3, 64, 64)),
+                    "observation.images.depth": PolicyFeature(FeatureType.VISUAL, (1, 64, 64)),
+                }
+            },
+            r"camera observation.images.depth has shape \(1, 64, 64\): .*"
+            r"--policy.cameras='\[observation.images.colour\]'",
         ),
         (
             {

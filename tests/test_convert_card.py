@@ -59,7 +59,7 @@ def test_card_of_the_published_recipe():
         "| Training steps | 80000 |\n| Batch size | 8 |\n| Optimizer | adamw |\n| Learning rate | 4e-05 |",
         "| base model | [Qwen/Qwen2.5-VL-3B-Instruct](https://huggingface.co/Qwen/Qwen2.5-VL-3B-Instruct), ",
         "lerobot-train \\\n  --dataset.repo_id=${HF_USER}/<dataset> \\\n  --policy.type=vla0 ",
-        "crop 0.875 (random in training), 224×224 pixels, side by side",
+        "crop 0.875 (random in training), squash to 224×224 pixels, side by side",
         "up to 0.4 of the characters",
         "minimum and maximum of the data set's actions → 0..1000",
         "| action min | [-0.9375, ",

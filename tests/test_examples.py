@@ -2,7 +2,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import make_batch, observation
+from conftest import make_batch, make_config, observation
 
 from lerobot_vla0.examples import ExampleMaker
 from lerobot_vla0.prompt import IGNORE
@@ -58,8 +58,78 @@ def test_pictures_are_never_enlarged(size, policy, processors):
     batch["observation.images.image"] = torch.rand(1, 3, *size)
     policy.examples.check(batch)
     batch["observation.images.image"] = torch.rand(1, 3, 63, size[1])
-    with pytest.raises(ValueError, match=f"63×{size[1]} pixels, 55×.* smaller than image_size=56"):
+    with pytest.raises(ValueError, match=f"63×{size[1]} pixels, 55×.* smaller than .*image_size=56"):
         policy.examples.check(batch)
+
+
+@pytest.mark.parametrize(
+    ("fit", "passes", "fails"),
+    [("squash", (64, 90), (63, 90)), ("crop", (90, 64), (90, 63)), ("letterbox", (20, 64), (20, 63))],
+)
+def test_sizes_are_checked_after_the_crop(fit, passes, fails, tiny_vlm, policy):
+    examples = ExampleMaker(make_config(tiny_vlm, image_fit=fit), policy.vlm_processor)
+    batch = observation(make_batch(rows=1))
+    batch["observation.images.image"] = torch.rand(1, 3, *passes)
+    assert examples.pictures(examples.check(batch), None).shape == (1, 1, 3, 56, 112)
+    batch["observation.images.image"] = torch.rand(1, 3, *fails)
+    with pytest.raises(ValueError, match=rf"{fails[0]}×{fails[1]} pixels.*image_fit={fit}.* image_size=56"):
+        examples.check(batch)
+
+
+def test_training_says_once_what_becomes_of_each_camera(tiny_vlm, policy, caplog):
+    caplog.set_level("INFO")
+    examples = ExampleMaker(make_config(tiny_vlm, image_fit="letterbox"), policy.vlm_processor)
+    batch = observation(make_batch(rows=1))
+    batch["observation.images.image2"] = torch.rand(1, 3, 96, 128)
+    for _ in range(2):
+        examples.pictures(examples.check(batch), torch.Generator())
+    first, second = (record.message for record in caplog.records if "pixels" in record.message)
+    assert first.startswith("observation.images.image: 64×64 pixels, of which 56×56 are kept")
+    assert second.startswith(
+        "observation.images.image2: 96×128 pixels, of which 84×112 are kept and become 42×56"
+    )
+
+
+@pytest.mark.parametrize("value", [float("nan"), 255.0])
+def test_training_looks_at_the_first_pictures_of_each_camera(value, tiny_vlm, policy):
+    examples = ExampleMaker(make_config(tiny_vlm), policy.vlm_processor)
+    batch = observation(make_batch(rows=2))
+    batch["observation.images.image2"][1, 2, 3, 4] = value
+    for _ in range(2):  # the first camera has passed by then
+        with pytest.raises(ValueError, match="observation.images.image2 has values from .* Divide bytes by"):
+            examples.pictures(examples.check(batch), torch.Generator())
+
+
+@pytest.mark.parametrize("tile", [True, False])
+def test_empty_cameras_are_black(tile, tiny_vlm, policy, caplog):
+    """In their place in the picture, also where the others are jittered."""
+    examples = ExampleMaker(make_config(tiny_vlm, empty_cameras=1, tile_images=tile), policy.vlm_processor)
+    whole = observation(make_batch(rows=2))
+    for position, key in enumerate(("observation.images.image", "observation.images.image2")):
+        caplog.clear()
+        batch = {name: value for name, value in whole.items() if name != key}
+        for generator in (None, torch.Generator().manual_seed(0)):
+            out = examples.pictures(examples.check(batch), generator)
+            halves = torch.cat(list(out.unbind(1)), -1).unflatten(-1, (2, 56))
+            assert (halves[..., position, :] == 0).all() and (halves[..., 1 - position, :] > 0).any()
+        expected = examples.pictures(examples.check(whole), None)
+        halves = torch.cat(list(expected.unbind(1)), -1).unflatten(-1, (2, 56))
+        halves[..., position, :] = 0
+        out = examples.pictures(examples.check(batch), None)
+        assert torch.equal(torch.cat(list(out.unbind(1)), -1).unflatten(-1, (2, 56)), halves)
+        assert caplog.text.count(f"the cameras ['{key}'] are not there: the model sees black pictures") == 1
+
+
+@pytest.mark.parametrize("empty", [0, 1, 2])
+def test_more_cameras_are_missing_than_may_be(empty, tiny_vlm, policy):
+    """Never all of them."""
+    examples = ExampleMaker(make_config(tiny_vlm, empty_cameras=empty), policy.vlm_processor)
+    batch = observation(make_batch(rows=1))
+    del batch["observation.images.image"]
+    if empty:
+        del batch["observation.images.image2"]
+    with pytest.raises(ValueError, match="lacks the camera images .*--policy.empty_cameras"):
+        examples.check(batch)
 
 
 def test_state_that_is_no_tensor_is_named(tiny_vlm, processors):

@@ -3,7 +3,7 @@ import torch
 import torchvision.transforms.v2.functional as F  # noqa: N812
 from PIL import Image
 
-from lerobot_vla0.images import color_jitter, crop, prepare_images
+from lerobot_vla0.images import color_jitter, crop, fitted, prepare_images
 
 SETTINGS = {"size": 224, "crop_ratio": 0.875, "tile": True, "antialias": True}
 
@@ -55,6 +55,38 @@ def test_centre_crop_between_two_pixels(side, down, even):
     for rounding, expected in (("down", down), ("even", even)):
         assert crop(images, 0.875, rounding=rounding)[0, 0, 0, 0] == expected
     assert torch.equal(crop(images, 0.875, rounding="even"), F.center_crop(images, [int(side * 0.875)] * 2))
+
+
+@pytest.mark.parametrize(
+    ("fit", "kept", "box"),
+    [
+        ("squash", (slice(30, 210), slice(40, 280)), (0, 56, 0, 56)),
+        ("crop", (slice(30, 210), slice(70, 250)), (0, 56, 0, 56)),
+        ("letterbox", (slice(30, 210), slice(40, 280)), (7, 49, 0, 56)),
+    ],
+)
+@pytest.mark.parametrize("upright", [False, True])
+def test_cameras_that_are_not_square(fit, kept, box, upright):
+    """240×320, of which three quarters are kept, and the same turned."""
+    image = rand(2, 3, 240, 320).clamp(min=0.1)
+    top, bottom, left, right = box
+    part = F.resize(image[..., *kept], [bottom - top, right - left], antialias=True)
+    expected = torch.zeros(2, 3, 56, 56, dtype=torch.uint8)
+    expected[..., top:bottom, left:right] = (part * 255).byte()
+    if upright:
+        image, expected = image.mT, expected.mT
+    sizes = tuple(part.stop - part.start for part in kept), (bottom - top, right - left)
+    assert fitted(240, 320, size=56, crop_ratio=0.75, fit=fit) == sizes
+    settings = {"size": 56, "crop_ratio": 0.75, "tile": True, "antialias": True, "fit": fit}
+    out = prepare_images([image], **settings)[:, 0]
+    # Sums are rounded differently where rows and columns are exchanged.
+    assert (out.int() - expected.int()).abs().max() <= upright
+    augmented = prepare_images(
+        [image], **settings, jitter=(0.2, 0.2, 0.2, 0.05), generator=torch.Generator().manual_seed(0)
+    )[:, 0]
+    bars = expected == 0
+    assert (augmented[bars] == 0).all() and (augmented[~bars] > 0).all()
+    assert bars.any() == (fit == "letterbox")
 
 
 def test_untiled_keeps_cameras_apart():

@@ -1,11 +1,12 @@
 """LeRobot's rollout script and its parts, with a robot without hardware (lerobot_robot_mock.py)."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import run_script
+from conftest import make_robot_checkpoint, run_script
 from lerobot.policies.rtc import ActionQueue
 from lerobot.policies.rtc.configuration_rtc import RTCConfig
 from lerobot_robot_mock import CAMERAS, JOINTS
@@ -53,10 +54,10 @@ def rollout(robot_checkpoint, tmp_path, robot_env):
     """Runs lerobot-rollout with the robot; returns its output and the rows of the robot's log."""
     log = tmp_path / "robot.jsonl"
 
-    def run(*arguments: str, check: bool = True):
+    def run(*arguments: str, check: bool = True, path: Path = robot_checkpoint):
         result = run_script(
             "lerobot-rollout",
-            f"--policy.path={robot_checkpoint}",
+            f"--policy.path={path}",
             "--robot.type=mock_arm",
             f"--robot.log={log}",
             f"--task={TASK}",
@@ -83,6 +84,24 @@ def test_lerobot_rollout(inference, rollout):
     if inference == "rtc":
         # The queue has an action for every tick from the first on.
         assert np.diff(rows[:, 0]).max() < 2 / 2
+
+
+@pytest.mark.slow
+def test_relative_actions_in_real_time(rollout, tiny_vlm, tmp_path):
+    """LeRobot makes what is left of a chunk relative to the new state. A command is at most `reach` away from
+    where the robot was when it looked: at the start, or where an earlier command has sent it."""
+    reach, names = 2.0, [f"{joint}.pos" for joint in JOINTS]
+    path = make_robot_checkpoint(
+        tiny_vlm, tmp_path / "relative", reach, use_relative_actions=True, action_feature_names=names
+    )
+    settings = ["--fps=2", "--duration=12", "--inference.rtc.execution_horizon=16"]
+    result, rows = rollout("--inference.type=rtc", *settings, path=path)
+    assert "ERROR" not in result.stdout and "RTC prefix will be re-anchored" in result.stdout
+    assert len(rows) >= 12 and len(np.unique(rows[:, 1:], axis=0)) > 5
+    places = np.concatenate([np.zeros((1, 5)), rows[:, 1:6]])
+    for i in range(1, len(places)):
+        assert np.abs(places[:i] - places[i]).max(1).min() <= reach + 1e-4
+    assert np.abs(rows[:, 6]).max() <= reach < np.abs(rows[:, 1:6]).max()  # the gripper is absolute
 
 
 @pytest.mark.slow

@@ -32,7 +32,8 @@ def make_meta(root: Path, seed: int = 0, tasks: list[str] = TASKS[:3]) -> Simple
         columns = {"action": actions[rows].tolist(), "task_index": index[rows], "timestamp": rows * 0.1}
         columns |= {"episode_index": index[rows], "frame_index": rows % 40}
         pq.write_table(pa.table(columns), file)
-    stats = {"action": {"min": actions.min(0), "max": actions.max(0)}}
+    # A checkpoint's are sorted by name, so that the count, one number, comes first.
+    stats = {"action": {"count": np.array([len(actions)]), "min": actions.min(0), "max": actions.max(0)}}
     stats["action"] |= {"q01": np.quantile(actions, 0.01, axis=0), "q99": np.quantile(actions, 0.99, axis=0)}
     frame = pandas.DataFrame({"task_index": range(len(tasks))}, index=tasks)
     return SimpleNamespace(root=root, features={}, tasks=frame, stats=stats, actions=actions, index=index)

@@ -72,7 +72,8 @@ MADE = """\
 {% endif %}{% if data_set %}| data set | {{ data_set }} |
 {% endif %}{% if peft %}| adapter | {{ peft.method_type }}, rank {{ peft.r }} |
 {% endif %}| pictures | {{ config.camera_keys | join(", ") }}: \
-crop {{ config.crop_ratio }} (random in training), {{ config.image_size }}×{{ config.image_size }} pixels, \
+crop {{ config.crop_ratio }} (random in training), \
+{{ config.image_fit }} to {{ config.image_size }}×{{ config.image_size }} pixels, \
 {{ "side by side in one picture" if config.tile_images else "one picture each" }}; \
 colour jitter {{ config.jitter }} |
 | prompt | {{ 'with' if config.add_vision_id else 'without' }} "Picture 1: " before the picture \

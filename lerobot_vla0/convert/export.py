@@ -15,7 +15,7 @@ from ..options import PolicyOptions
 
 ACTION_SPEC = "action_spec.json"
 SPEC_VERSION = 1
-PICTURE_FIELDS = ("crop_ratio", "crop_rounding", "image_size", "tile_images", "resize_antialias")
+PICTURE_FIELDS = ("image_fit", "crop_ratio", "crop_rounding", "image_size", "tile_images", "resize_antialias")
 SHARD_BYTES = 2 * 1024**3  # largest file of weights
 
 
@@ -124,7 +124,9 @@ def action_spec(folder: Path, config: VLA0Config, chat: Any) -> dict[str, Any]:
             "width": chat.picture_size[1],
             "preparation": "each camera: centre crop of crop_ratio of height and width (crop_rounding: where "
             "it begins if it lies between two pixels), bilinear resize of floats to image_size × image_size, "
-            "truncated to bytes; with tile_images side by side in the order of `cameras`",
+            "truncated to bytes; image_fit crop takes the middle square before, letterbox resizes the longer "
+            "side to image_size and centres the picture on black; with tile_images side by side in the order "
+            "of `cameras`",
             **{name: getattr(config, name) for name in PICTURE_FIELDS},
         },
         "state": "appended to the instruction as '\\nState: <integers>'" if config.use_state else None,
@@ -132,6 +134,10 @@ def action_spec(folder: Path, config: VLA0Config, chat: Any) -> dict[str, Any]:
         "reading": "integers, timestep after timestep: x = integer / num_bins * 2 - 1 in [-1, 1], then "
         "undo `normalization` with `statistics`"
         + (", which depend on the task (vla0_task_*)" if config.action_norm == "task" else ""),
+        "relative": "add the state of the picture's moment, unless a name of the action contains one of "
+        f"{list(config.relative_exclude_joints)}: {config.action_feature_names}"
+        if config.use_relative_actions
+        else None,
         "statistics": statistics,
         "checkpoint": {
             "files": {str(f.relative_to(folder)): read_json(f) for f in sorted(files)},

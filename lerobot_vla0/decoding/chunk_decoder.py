@@ -44,6 +44,7 @@ class EpisodeState:
     actions: deque[Tensor]  # (D,) each: decoded, not yet executed
     ensembler: TemporalEnsembler
     drafter: Drafter | None  # drafts from the last chunk; affects speed only. None with a server
+    origin: Tensor | None = None  # (D,) of the last look, see `Observation.origin`
 
     @classmethod
     def begin(cls, config: VLA0Config, drafter: Drafter | None) -> "EpisodeState":
@@ -53,6 +54,26 @@ class EpisodeState:
     def add_chunk(self, chunk: Tensor, executed: int) -> None:
         """Averages a new chunk (steps, D) with earlier ones and queues its first `executed` timesteps."""
         self.actions.extend(self.ensembler.add(chunk, executed)[:executed])
+
+
+def remember_look(episodes: list[EpisodeState], observation: Observation) -> None:
+    """Called when these environments, one per row, are looked at for a new chunk. What ensembling remembers
+    of relative actions becomes relative to the new state."""
+    if observation.origin is None:
+        return
+    for episode, origin in zip(episodes, observation.origin, strict=True):
+        if episode.origin is not None:
+            moved = episode.origin - origin
+            episode.ensembler.chunks = [chunk + moved for chunk in episode.ensembler.chunks]
+        episode.origin = origin
+
+
+def as_seen_now(actions: Tensor, episodes: list[EpisodeState], observation: Observation) -> Tensor:
+    """Actions (R, D) of the last look at each row → the same commands, relative to the present state, which
+    the postprocessor adds. Absolute ones as they are."""
+    if observation.origin is None:
+        return actions
+    return actions + (torch.stack([episode.origin for episode in episodes]) - observation.origin)
 
 
 class Lock:

@@ -49,7 +49,9 @@ def read_left_over(
         config: of the policy.
         inference_delay: timesteps that the robot will execute until the chunk is there; None is 0.
         prev_chunk_left_over: bins, (T, D) or (R, T, D), fractions allowed: timesteps that are not executed
-            yet. LeRobot fills them up with rows of zeros; zeros at the end are not taken for actions.
+            yet; with `use_relative_actions` normalised actions, which LeRobot has made relative to the state
+            of this observation. LeRobot fills them up with rows of zeros; zeros at the end are not taken for
+            actions.
 
     Raises:
         ValueError: another shape, numbers that are not finite, a negative delay, or an ensembling policy.
@@ -75,7 +77,7 @@ def read_left_over(
     if bins.ndim != 3 or (bins.shape[0], bins.shape[2]) != (rows, dim):
         raise ValueError(
             f"prev_chunk_left_over has shape {tuple(prev_chunk_left_over.shape)}: it must be (T, {dim}) "
-            f"or ({rows}, T, {dim}), bins as predict_action_chunk returns them."
+            f"or ({rows}, T, {dim}), as predict_action_chunk returns."
         )
     if not bins.isfinite().all():
         raise ValueError("prev_chunk_left_over holds NaN or inf.")
@@ -84,9 +86,11 @@ def read_left_over(
             f"Decoding takes {delay} timesteps, and LeRobot passes {bins.shape[1]} of the last chunk: "
             f"actions may jump between chunks. Set --inference.rtc.execution_horizon={chunk_size}."
         )
-    integers = to_task_bins(bins, observation.task_range, config.num_bins).round()[:, :chunk_size]
     # Timesteps up to the last one that is not all zeros.
     filled = bins[:, :chunk_size].ne(0).any(2)
+    if config.use_relative_actions:
+        bins = (bins + 1) / 2 * config.num_bins
+    integers = to_task_bins(bins, observation.task_range, config.num_bins).round()[:, :chunk_size]
     steps = pad(filled * torch.arange(1, filled.shape[1] + 1, device=bins.device), (1, 0)).amax(1)  # (R,)
     inside = integers.clamp(0, config.num_bins)
     if (inside != integers)[filled].any():

@@ -9,7 +9,7 @@ import gymnasium as gym
 from lerobot.envs.configs import EnvConfig, LiberoEnv
 from lerobot.envs.utils import _LazyAsyncVectorEnv, freeze_after_episode_end
 
-from ..configuration_vla0 import reasons_shown
+from ..config_types import reasons_shown
 from .assets import prepare_libero
 from .suites import MAX_STEPS, check_task_ids, split_suites
 

@@ -190,8 +190,10 @@ def _choose_episodes(arguments: Arguments) -> None:
 def _processors(policy: VLA0Policy, dataset: Any, rename_map: dict[str, str]) -> tuple[Any, Any]:
     """Pre- and postprocessor with this data set's statistics, as lerobot-train makes them."""
     config, stats = policy.config, dataset.meta.stats
-    rename = {"rename_observations_processor": {"rename_map": rename_map}} if rename_map else {}
+    changed = {"rename_observations_processor": {"rename_map": rename_map}} if rename_map else {}
     replaced = {"norm_map": config.normalization_mapping, "stats": stats}
+    if config.use_relative_actions:
+        changed["relative_actions_processor"] = {"action_names": config.action_feature_names}
     return make_pre_post_processors(
         config,
         dataset_stats=stats,
@@ -200,7 +202,7 @@ def _processors(policy: VLA0Policy, dataset: Any, rename_map: dict[str, str]) ->
         preprocessor_overrides={
             "device_processor": {"device": config.device},
             "normalizer_processor": {"features": used_features(config), **replaced},
-            **rename,
+            **changed,
         },
         postprocessor_overrides={
             "unnormalizer_processor": {"features": config.output_features, **replaced},

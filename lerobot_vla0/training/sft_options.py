@@ -69,6 +69,7 @@ WITHOUT_EFFECT = {
     "policy.device": "use --use_cpu",
     "policy.optimizer_betas": "use --adam_beta1 and --adam_beta2",
     "policy.scheduler_warmup_steps": "use --warmup_steps",
+    **dict.fromkeys(["policy.scheduler_decay_steps", "policy.scheduler_decay_lr"], "use --lr_scheduler_type"),
     "policy.use_peft": "use --use_lora",
     "policy.pretrained_path": "use --policy.path",
     "dataset.eval_split": "lerobot-train evaluates on held-out episodes",

@@ -1,0 +1,112 @@
+"""The config's types, how they are read from files and the command line, and what its features must be."""
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import draccus
+import torch
+from draccus.parsers import decoding
+from draccus.parsers.config_parsers import YAMLParser
+from draccus.utils import DecodingError
+from lerobot.configs import NormalizationMode, PreTrainedConfig
+
+# Data types of weights and computation, by their names in a config.
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+IDENTITY, MIN_MAX = NormalizationMode.IDENTITY, NormalizationMode.MIN_MAX
+# Integers need a bounded range. Images are normalised by the VLM's own image processor.
+BOUNDED = (MIN_MAX, NormalizationMode.QUANTILES, NormalizationMode.QUANTILE10)
+NORMALIZATIONS = {"STATE": BOUNDED, "ACTION": BOUNDED, "VISUAL": (IDENTITY,)}
+
+
+class FormatVersion(int):
+    """A type of its own, so that a newer version is refused before the reading of config.json comes to the
+    fields that the newer version has added."""
+
+
+# Raised when a checkpoint of this package could no longer be read, or would act otherwise, in an older one.
+# Adding a field does not count: an older version refuses a field that it does not know by name.
+FORMAT_VERSION = FormatVersion(1)
+
+
+@draccus.decode.register(FormatVersion)
+def _read_format_version(raw: object, path: Sequence[str]) -> FormatVersion:
+    if not isinstance(raw, int) or raw < 1:
+        raise DecodingError(path, f"{raw!r} is not allowed: it must be an integer from 1.")
+    if raw > FORMAT_VERSION:
+        raise DecodingError(
+            path,
+            f"version {raw} was written by a newer lerobot_policy_vla0; the one that is installed reads up "
+            f"to {FORMAT_VERSION}. Upgrade: pip install --upgrade lerobot_policy_vla0",
+        )
+    return FormatVersion(raw)
+
+
+class Names(list[str]):
+    """Strings, as a list or as YAML text: with `--policy.path=` LeRobot reads JSON, and leaves '[a, b]'."""
+
+
+class Normalizations(dict[str, NormalizationMode]):
+    """A dict that may be YAML text."""
+
+
+def _from_yaml(plain: type) -> Callable[[object, Sequence[str]], object]:
+    read = decoding.get_decoding_fn(plain)
+    return lambda raw, path: read(YAMLParser.parse_string(raw) if isinstance(raw, str) else raw, path)
+
+
+draccus.decode.register(Names, _from_yaml(list[str]))
+draccus.decode.register(Normalizations, _from_yaml(dict[str, NormalizationMode]))
+
+
+@contextmanager
+def reasons_shown() -> Iterator[None]:
+    """Around the checks of a config. draccus hides the text of a ValueError ("Couldn't instantiate class"),
+    but not that of its own error: it gets that one, and Python callers the ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        if any(caller.filename == decoding.__file__ for caller in inspect.stack(context=0)):
+            raise DecodingError((), str(error)) from error
+        raise
+
+
+def check_features(config: PreTrainedConfig) -> None:
+    """Raises ValueError if the features that LeRobot fills in from the data set or environment do not fit a
+    VLA0Config: no vector of actions, no camera of three colours, or no state where it is needed."""
+    inputs, outputs = sorted(config.input_features or {}), sorted(config.output_features or {})
+    if config.action_feature is None:
+        raise ValueError(f"VLA-0 needs an `action` feature; the data set or environment has {outputs}.")
+    if len(config.action_feature.shape) != 1:
+        raise ValueError(f"action must be a vector, got shape {tuple(config.action_feature.shape)}.")
+    present = sorted(config.image_features)
+    if not present:
+        raise ValueError(
+            f"VLA-0 needs at least one camera: no image feature among {inputs}. Use a data set or "
+            "environment with images."
+        )
+    unknown = [key for key in config.cameras or [] if key not in present]
+    if unknown:
+        raise ValueError(
+            f"cameras={config.cameras!r} names {unknown}, which are not there. Present: {present}."
+        )
+    shapes = {key: tuple(config.image_features[key].shape) for key in config.camera_keys}
+    bad = [key for key, shape in shapes.items() if 3 not in (shape[0], shape[-1])]
+    if bad:
+        colour = [key for key in shapes if key not in bad]
+        raise ValueError(
+            f"the camera {bad[0]} has shape {shapes[bad[0]]}: a depth or grey camera cannot be shown. "
+            f"Choose the others with --policy.cameras='[{', '.join(colour)}]'."
+        )
+    for name in ("use_state", "use_relative_actions"):
+        if getattr(config, name) and config.robot_state_feature is None:
+            raise ValueError(
+                f"{name}=True needs the feature observation.state; present are {inputs}. Set {name}=false."
+            )
+    size, has = (f.shape[0] if f else 0 for f in (config.action_feature, config.robot_state_feature))
+    if config.use_relative_actions and not 2 <= size <= has:
+        raise ValueError(
+            f"use_relative_actions=True subtracts the {has} numbers of observation.state from an action of "
+            f"{size}: it needs 2 or more, and as many of the state. Set use_relative_actions=false."
+        )
