@@ -198,7 +198,7 @@ CASES += [
         for option, message in [
             ("--episodes=0", "episodes=0"), ("--episodes=few", "'few' into an int"), ("--tasks=[]", r"tasks=\[\]"),
             ("--tasks=[10]", r"0..9, not \[10\]"), ("--tasks=[-1]", r"not \[-1\]"), ("--tasks=x", "tasks"),
-            ("--tasks=[7,7]", r"tasks=\[7, 7\] names a task twice"), ("--init_states=0", "init_states=0"),
+            ("--tasks=[7,7]", r"tasks=\[7, 7\] must name at least one task, and each once"), ("--init_states=0", "init_states=0"),
             ("--init_states=51", "init_states=51"), ("--noise=-0.1", "noise=-0.1"), ("--noise=nan", "noise=nan"),
             ("--noise=inf", "noise=inf"), ("--noise=much", "'much'"), ("--workers=0", "workers=0"),
             ("--seed=-1", "seed=-1"), ("--seed=1.5", "1.5"), ("--image_size=0", "image_size=0"),

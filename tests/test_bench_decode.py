@@ -60,6 +60,7 @@ def test_batch_of_random_texts(config, capsys):
     assert rows["drafts"]["passes"] <= rows["forced"]["passes"] < rows["plain"]["passes"]
 
 
+@pytest.mark.slow
 def test_recorded_actions_of_a_data_set(config, tmp_path):
     """With the chunk of one timestep before, smooth actions take fewer passes."""
     features = {
@@ -98,6 +99,7 @@ def save_random(settings, dataset, config):
     config.model, config.dataset = str(folder), dataset
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_ones_own(config, tiny_vlm, tiny_dataset):
     """Its own answers, in bfloat16, where passes over different numbers of tokens may round differently."""
     save_random(make_config(tiny_vlm, chunk_size=4, n_action_steps=1), tiny_dataset, config)

@@ -70,6 +70,7 @@ def test_prompt_and_pictures_are_theirs_to_the_byte(name, imported):
     assert {(224, 224), (256, 256)} <= sizes and ("4_57" in name or (600, 600) in sizes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["nvlabs_transformers_4_51", "nvlabs_transformers_4_57", "vla0_trl_sharded"])
 def test_head_is_tied_everywhere(name, imported, tmp_path):
     """In the import, in a fresh policy on the folder, in the export, and in what is imported of that."""

@@ -97,6 +97,7 @@ def test_floors_of_the_root():
     assert max(floors.values()) <= 5, floors
 
 
+@pytest.mark.slow
 def test_policy_needs_no_folder_that_only_some_users_need():
     code = """
 import sys, lerobot_vla0.modeling_vla0

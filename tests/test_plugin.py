@@ -16,6 +16,7 @@ def run_python(code: str, python: str = sys.executable, **kwargs) -> str:
     return result.stdout
 
 
+@pytest.mark.slow
 def test_import_is_light():
     code = """
 import sys, lerobot_policy_vla0
