@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from ..files import check_place, new_folder
 from ..libero.assets import asset_name, prepare_libero
-from ..libero.env import LiberoEnv
+from ..libero.env import MAX_IMAGE_SIZE, LiberoEnv
 from ..libero.suites import MAX_STEPS, NUM_INIT_STATES, check_task_ids
 from ..workers import worker_pool
 
@@ -26,7 +26,7 @@ ACTION_NAMES = ["dx", "dy", "dz", "drx", "dry", "drz", "gripper"]
 # filtered LIBERO's data).
 NO_OP = 1e-4
 # Pixels per side of an image. Beyond it, renderers and video codecs refuse or run out of memory.
-SIZES = 32, 2048
+SIZES = 32, MAX_IMAGE_SIZE
 # An extra file of the data set: settings, and task and initial state of each episode.
 RECORD_FILE = "recording.json"
 
@@ -115,8 +115,6 @@ def _check(config: RecordConfig) -> None:
     if config.video and config.image_size % 2:
         raise ValueError(f"image_size={config.image_size} must be even for video.")
     check_task_ids(config.suite, config.tasks)
-    if len(set(config.tasks)) < len(config.tasks):
-        raise ValueError(f"tasks={config.tasks} names a task twice. For more of it, raise episodes.")
     check_place(config.out, "new folder")
 
 

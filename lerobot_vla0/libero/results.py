@@ -49,9 +49,9 @@ def weights_hash(config: VLA0Config) -> str:
     return digest.hexdigest()
 
 
-def check_folder(folder: Path, settings: dict[str, Any]) -> None:
-    """Refuses a results folder before any work. Writes nothing. Settings without an episode, of a run that
-    failed at its start, do not count.
+def check_folder(folder: Path, settings: dict[str, Any]) -> bool:
+    """Refuses a results folder before any work; says whether it holds episodes. Writes nothing. Settings
+    without an episode, of a run that failed at its start, do not count.
 
     Raises:
         ValueError: it holds episodes of other settings.
@@ -59,7 +59,7 @@ def check_folder(folder: Path, settings: dict[str, Any]) -> None:
     """
     check_place(folder, "folder")
     if not read_episodes(folder):
-        return
+        return False
     if not (folder / SETTINGS).is_file():
         raise ValueError(
             f"out={str(folder)!r} holds episodes, but {SETTINGS} is missing. Choose another --out."
@@ -74,6 +74,7 @@ def check_folder(folder: Path, settings: dict[str, Any]) -> None:
                 f"{folder} holds results of other settings: {name} was {before.get(name)!r}, is "
                 f"{now[name]!r}. Choose another --out, or repeat the settings in {folder / SETTINGS}."
             )
+    return True
 
 
 def save_episode(folder: Path, shard: str, settings: dict[str, Any], row: Episode) -> None:
@@ -83,9 +84,9 @@ def save_episode(folder: Path, shard: str, settings: dict[str, Any], row: Episod
     Raises:
         ValueError: another shard has begun meanwhile with other settings.
     """
-    check_folder(folder, settings)
+    has_episodes = check_folder(folder, settings)
     folder.mkdir(parents=True, exist_ok=True)
-    if not read_episodes(folder):
+    if not has_episodes:
         draft = folder / f"{SETTINGS}.{os.getpid()}"  # replaced in one step: shards may start at once
         draft.write_text(json.dumps(settings, indent=2))
         draft.replace(folder / SETTINGS)
