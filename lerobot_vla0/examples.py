@@ -116,6 +116,7 @@ class ExampleMaker:
         )
         self.codec = ActionCodec(config.num_bins)
         self._missing: list[str] = []  # cameras of the last warning
+        self._is_default_shown = False
         self._trained_on: set[str] = set()  # cameras whose first batch has been checked
 
     def check(self, batch: dict[str, Any]) -> Observation:
@@ -143,17 +144,7 @@ class ExampleMaker:
                 f"(empty_cameras={config.empty_cameras})."
             )
         black = {key: torch.zeros_like(batch[keys[0]]) for key in missing}
-        if batch.get("task") is None:
-            raise ValueError(
-                "the batch has no 'task': VLA-0 needs one instruction per row. Use a data set whose "
-                "episodes have tasks, or add batch['task'] = [instruction, ...]."
-            )
-        rows = len(batch[keys[0]])
-        tasks = [batch["task"]] if isinstance(batch["task"], str) else list(batch["task"])
-        if not all(isinstance(task, str) for task in tasks):
-            raise ValueError(f"'task' must be one instruction per row, each a string, got {tasks[:3]}.")
-        if len(tasks) != rows:
-            raise ValueError(f"the batch has {rows} images but {len(tasks)} tasks: {tasks[:3]}.")
+        tasks = self._check_tasks(batch.get("task"), len(batch[keys[0]]))
         if config.use_state and OBS_STATE not in batch:
             raise ValueError(
                 f"the batch has no {OBS_STATE!r}, which use_state=True puts into the prompt; it has "
@@ -162,9 +153,9 @@ class ExampleMaker:
         state = batch[OBS_STATE] if config.use_state else None
         if isinstance(state, Tensor) and tuple(config.robot_state_feature.shape) == (1,):
             state = state.reshape(-1, 1)  # LeRobot's data have (B,), which its preprocessor takes for one row
-        if config.use_state and (not isinstance(state, Tensor) or state.ndim != 2 or len(state) != rows):
+        if config.use_state and (not isinstance(state, Tensor) or state.ndim != 2 or len(state) != len(tasks)):
             raise ValueError(
-                f"{OBS_STATE} must be a float tensor ({rows}, S), got {type(state).__name__} of shape "
+                f"{OBS_STATE} must be a float tensor ({len(tasks)}, S), got {type(state).__name__} of shape "
                 f"{tuple(getattr(state, 'shape', ()))}."
             )
         by_task = config.action_norm == "task"
@@ -186,6 +177,30 @@ class ExampleMaker:
             batch[ORIGIN] * (config.num_bins / 2) if config.use_relative_actions else None,
         )
 
+    def _check_tasks(self, task: Any, rows: int) -> list[str]:
+        default = self.config.default_task
+        if task is None and default is None:
+            raise ValueError(
+                "the batch has no 'task': VLA-0 needs one instruction per row. Use a data set whose "
+                "episodes have tasks, or add batch['task'] = [instruction, ...]."
+            )
+        tasks = [""] * rows if task is None else [task] if isinstance(task, str) else list(task)
+        if not all(isinstance(task, str) for task in tasks):
+            raise ValueError(f"'task' must be one instruction per row, each a string, got {tasks[:3]}.")
+        if len(tasks) != rows:
+            raise ValueError(f"the batch has {rows} images but {len(tasks)} tasks: {tasks[:3]}.")
+        if all(task.strip() for task in tasks):
+            return tasks
+        if default is None:
+            raise ValueError(
+                "an instruction is blank (some environments give none, as LeRobot's PushT), and the policy was "
+                "not trained on one only. Give it: --policy.default_task='...', as in the training data."
+            )
+        if not self._is_default_shown:
+            self._is_default_shown = True
+            logging.info(f"the observations have no instruction: the model sees default_task={default!r}.")
+        return [task if task.strip() else default for task in tasks]
+
     def _check_images(self, key: str, images: Any) -> None:
         config = self.config
         good = isinstance(images, Tensor) and images.is_floating_point() and images.ndim == 4
@@ -201,10 +216,13 @@ class ExampleMaker:
         height, width = images.shape[-2:]
         (h, w), (to_h, to_w) = self._fitted(images)
         if (h < to_h or w < to_w) and not self.rule.fixed:
+            side = max(h, w) if config.image_fit == "letterbox" else min(h, w)
+            fits = side // self.rule.multiple * self.rule.multiple
             raise ValueError(
                 f"{key} is {height}×{width} pixels, {h}×{w} after the crop (crop_ratio={config.crop_ratio}, "
                 f"image_fit={config.image_fit}): smaller than the {to_h}×{to_w} of image_size="
-                f"{config.image_size}, it would have to be enlarged. Lower image_size, or raise crop_ratio."
+                f"{config.image_size}, it would have to be enlarged. Lower image_size{f' to {fits}' if fits else ''}, or raise "
+                "crop_ratio."
             )
 
     def _fitted(self, images: Tensor) -> tuple[tuple[int, int], tuple[int, int]]:

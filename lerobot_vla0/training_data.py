@@ -50,7 +50,7 @@ def read_metadata(repo_id: str, root: Path | str | None, **hub: Any) -> LeRobotD
 
 
 def prepare_data(config: VLA0Config, meta: Any) -> None:
-    """Takes the data set's shapes into `config`, and checks its tasks, actions, states and statistics. With
+    """Takes the data set's shapes and its only task into `config`, and checks its tasks, actions, states and statistics. With
     `action_norm="task"`, adds the statistics of each task to `meta.stats`, which the processors get; with
     `use_relative_actions`, those of the action become those of relative ones.
 
@@ -65,6 +65,8 @@ def prepare_data(config: VLA0Config, meta: Any) -> None:
     config.validate_features()
     _take_names(config, meta.features.get(ACTION, {}).get("names"))
     _check_tasks(meta)
+    tasks = _tasks(meta)
+    config.default_task = tasks[0] if len(tasks) == 1 else None
     files = frame_files(meta)
     if not files:
         logging.info(f"{meta.root} holds no frames (streamed data): they are not checked before training.")
@@ -97,8 +99,12 @@ def _take_names(config: VLA0Config, names: Any) -> None:
     config.action_feature_names = next(given, None)
 
 
+def _tasks(meta: Any) -> list[str]:
+    return [] if meta.tasks is None else list(meta.tasks.index)
+
+
 def _check_tasks(meta: Any) -> None:
-    tasks = [] if meta.tasks is None else list(meta.tasks.index)
+    tasks = _tasks(meta)
     if not tasks:
         raise ValueError(
             f"the data set {meta.root} has no tasks: VLA-0 needs an instruction per episode. Add them: "

@@ -1,33 +1,21 @@
-"""`python -m lerobot_vla0.demo.pusht`: episodes of a planner in PushT (gym-pusht) as a LeRobotDataset.
+"""A planner that solves PushT (gym-pusht) with the simulator's state.
 
-The planner pushes the T with the simulator's own physics in mind: it tries pushes on a copy of the scene, from
-where the agent is and from places around the T, and takes the one after which the T is nearest to its goal,
-time included. It plans anew at every step and remembers nothing, so that what it does depends on what the
-camera and the state show. Needs the extra `[sims]`.
+It tries pushes on a copy of the scene, from where the agent is and from places around the T, and takes the one
+that brings the T nearer to its goal fastest, the walk there included. It plans anew at every step and remembers
+nothing, so that what it does depends on what the camera and the state show.
 """
 
-import argparse
-import sys
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
-
-from ..files import check_place, new_folder
-from ..options import parse_options
-
-# As in lerobot/pusht. `lerobot-eval` gives PushT's observations no instruction, see configs/README.md.
-TASK = "Push the T-shaped block onto the T-shaped target."
-IMAGE_SIZE = 96  # gym-pusht's default, which --env.type=pusht leaves as it is
 
 # Pixels of PushT's 512 × 512 plane, and control steps (0.1 s).
 RADIUS = 15.0  # of the agent
 CELL = 8  # of the grid on which walks are searched
 CLEARANCE = 4.0  # between the agent and the T, on walks
 STRIDE = 24.0  # how far ahead of the agent its target is on a walk
-LEADS = (16.0, 5.0)  # the same for pushes, a fast and a slow kind; the agent does half of it in a step
+# The same for pushes, of which the agent does half in a step, and the range of the T's error where it is tried.
+LEADS = ((16.0, 20.0, np.inf), (5.0, 0.0, 40.0))
 PUSH_STEPS = 12  # longest push that is tried
 TRIED = 12  # places around the T whose pushes are tried
 GOOD_RATE = 3.0  # pixels per step by which a push brings the T nearer that need not be compared
@@ -76,6 +64,7 @@ class PushPlanner:
 
         self.env, self.copy = env, PushTEnv()
         self.copy.reset(seed=0)
+        self._goal = OUTLINE @ _rotation(env.goal_pose[2]).T + env.goal_pose[:2]
         self._pose, self._pushes, self._graph = None, None, None
 
     def act(self) -> np.ndarray:
@@ -100,11 +89,10 @@ class PushPlanner:
 
     # Pushes
 
-    def _error(self, pose: np.ndarray) -> float:
+    def _error(self, place: Any, angle: float) -> float:
         """Mean distance in pixels of the T's corners from where they should be."""
-        goal = self.env.goal_pose
-        at = [OUTLINE @ _rotation(p[2]).T + p[:2] for p in (pose, goal)]
-        return float(np.linalg.norm(at[0] - at[1], axis=1).mean())
+        off = OUTLINE @ _rotation(angle).T + place - self._goal
+        return float(np.sqrt((off * off).sum(1)).mean())
 
     def _try(self, agent: np.ndarray, velocity: Any, pose: np.ndarray, direction: Any, lead: float) -> Any:
         """By how much a push lowers the T's error, after each step of it: (PUSH_STEPS,)."""
@@ -115,12 +103,13 @@ class PushPlanner:
         copy.block.velocity, copy.block.angular_velocity = (0, 0), 0
         copy.space.reindex_shapes_for_body(copy.block)
         copy.space.reindex_shapes_for_body(copy.agent)
-        before, gains = self._error(pose), np.full(PUSH_STEPS, -np.inf)
+        before, gains = self._error(pose[:2], pose[2]), np.full(PUSH_STEPS, -np.inf)
         for step in range(PUSH_STEPS):
             x, y = copy.agent.position
             self._step(x + lead * direction[0], y + lead * direction[1])
-            gains[step] = before - self._error(np.array([*copy.block.position, copy.block.angle]))
-            if gains[step] < gains[: step + 1].max() - 3:
+            gains[step] = before - self._error(copy.block.position, copy.block.angle)
+            best = gains[: step + 1].max()
+            if gains[step] < best - 3 or (step >= 5 and best < 0.5):
                 break
         return gains
 
@@ -143,12 +132,19 @@ class PushPlanner:
         points, normals, _ = self._contacts_at(pose)
         inwards = -normals[np.linalg.norm(points + (RADIUS + CLEARANCE) * normals - agent, axis=1) < CELL]
         velocity, steps = self.env.agent.velocity, np.arange(1, PUSH_STEPS + 1)
+        touching = self._distance(agent + 8 * DIRECTIONS, pose) < RADIUS
         tried = [
             ((self._try(agent, velocity, pose, direction, lead) / steps).max(), agent + lead * direction)
-            for lead in LEADS
-            for direction in (*DIRECTIONS, *inwards)
+            for lead in self._leads(pose)
+            for direction in (*DIRECTIONS[touching], *inwards)
         ]
+        if not tried:
+            return -np.inf, agent
         return max(tried, key=lambda push: push[0])
+
+    def _leads(self, pose: np.ndarray) -> list[float]:
+        error = self._error(pose[:2], pose[2])
+        return [lead for lead, from_, to in LEADS if from_ <= error < to]
 
     def _contacts_at(self, pose: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Contacts and normals with the T at a pose, (N, 2), and an estimate of what pushes there gain: the T
@@ -156,8 +152,8 @@ class PushPlanner:
         turn = _rotation(pose[2]).T
         points, normals = CONTACTS @ turn + pose[:2], NORMALS @ turn
         centre = CENTRE @ turn + pose[:2]
-        corners, goal = (OUTLINE @ _rotation(p[2]).T + p[:2] for p in (pose, self.env.goal_pose))
-        arms, wanted = points - centre, goal - corners
+        corners = OUTLINE @ turn + pose[:2]
+        arms, wanted = points - centre, self._goal - corners
         wanted = wanted / np.maximum(np.linalg.norm(wanted, axis=1, keepdims=True), 1e-6)
         lever = arms[:, 1] * normals[:, 0] - arms[:, 0] * normals[:, 1]  # arm × inward normal
         spin = lever / GYRATION
@@ -172,7 +168,7 @@ class PushPlanner:
         inside = ((starts > RADIUS + 8) & (starts < 512 - RADIUS - 8)).all(1)
         tried = np.argsort(np.where(inside, -estimates, np.inf))[:TRIED]
         gains = [
-            np.maximum(*(self._try(starts[i], (0, 0), pose, -normals[i], lead) for lead in LEADS))
+            np.max([self._try(starts[i], (0, 0), pose, -normals[i], lead) for lead in self._leads(pose)], axis=0)
             for i in tried
         ]
         return starts[tried], np.array(gains)
