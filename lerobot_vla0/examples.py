@@ -153,9 +153,10 @@ class ExampleMaker:
         state = batch[OBS_STATE] if config.use_state else None
         if isinstance(state, Tensor) and tuple(config.robot_state_feature.shape) == (1,):
             state = state.reshape(-1, 1)  # LeRobot's data have (B,), which its preprocessor takes for one row
-        if config.use_state and (not isinstance(state, Tensor) or state.ndim != 2 or len(state) != len(tasks)):
+        rows = len(tasks)
+        if config.use_state and (not isinstance(state, Tensor) or state.ndim != 2 or len(state) != rows):
             raise ValueError(
-                f"{OBS_STATE} must be a float tensor ({len(tasks)}, S), got {type(state).__name__} of shape "
+                f"{OBS_STATE} must be a float tensor ({rows}, S), got {type(state).__name__} of shape "
                 f"{tuple(getattr(state, 'shape', ()))}."
             )
         by_task = config.action_norm == "task"
@@ -193,8 +194,8 @@ class ExampleMaker:
             return tasks
         if default is None:
             raise ValueError(
-                "an instruction is blank (some environments give none, as LeRobot's PushT), and the policy was "
-                "not trained on one only. Give it: --policy.default_task='...', as in the training data."
+                "an instruction is blank (LeRobot's PushT gives none, for example), and the policy has no "
+                "default. Give it the one of the training data: --policy.default_task='...'"
             )
         if not self._is_default_shown:
             self._is_default_shown = True
@@ -221,8 +222,8 @@ class ExampleMaker:
             raise ValueError(
                 f"{key} is {height}×{width} pixels, {h}×{w} after the crop (crop_ratio={config.crop_ratio}, "
                 f"image_fit={config.image_fit}): smaller than the {to_h}×{to_w} of image_size="
-                f"{config.image_size}, it would have to be enlarged. Lower image_size{f' to {fits}' if fits else ''}, or raise "
-                "crop_ratio."
+                f"{config.image_size}, it would have to be enlarged. Lower image_size"
+                f"{f' to {fits}' if fits else ''}, or raise crop_ratio."
             )
 
     def _fitted(self, images: Tensor) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -1,5 +1,5 @@
-"""A scripted expert of ALOHA's AlohaTransferCube-v0 (gym-aloha): the right arm lifts the cube, the left one takes
-it. Positions on a schedule, turned into joint angles by inverse kinematics on the simulator's own model."""
+"""A scripted expert of ALOHA's AlohaTransferCube-v0 (gym-aloha): the right arm lifts the cube, the left one
+takes it. Positions on a schedule, turned into joint angles by inverse kinematics on the simulator's model."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -34,7 +34,7 @@ class TransferExpert:
 
     def __init__(self, env: Any) -> None:
         self.physics = env._env.physics
-        self.model, self.scratch, self.step = self.physics.model.ptr, None, 0
+        self.model, self.step = self.physics.model.ptr, 0
         self.scratch = mujoco.MjData(self.model)
         self.scratch.qpos[:] = self.physics.data.qpos
         mujoco.mj_kinematics(self.model, self.scratch)
@@ -86,9 +86,10 @@ class TransferExpert:
         return self.scratch.xpos[body] + rotation @ TIP, rotation, body
 
     def _solve(self, side: str, joints: slice, pose: Pose) -> None:
-        """Damped least squares, from the last solution. The first joints of qpos are also the first of qvel."""
+        """Damped least squares, from the last solution."""
         wanted = _rotation(0.0 if side == "left" else np.pi, pose.pitch, pose.roll)
         at, turn = np.zeros((3, self.model.nv)), np.zeros((3, self.model.nv))
+        # `joints` are numbers of qpos and of qvel: up to the cube, which comes last, these are the same.
         limits = self.model.jnt_range[joints]
         for _ in range(ITERATIONS):
             mujoco.mj_kinematics(self.model, self.scratch)

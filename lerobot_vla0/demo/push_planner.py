@@ -1,8 +1,8 @@
 """A planner that solves PushT (gym-pusht) with the simulator's state.
 
-It tries pushes on a copy of the scene, from where the agent is and from places around the T, and takes the one
-that brings the T nearer to its goal fastest, the walk there included. It plans anew at every step and remembers
-nothing, so that what it does depends on what the camera and the state show.
+It tries pushes on a copy of the scene, from where the agent is and from places around the T, and takes the
+one that brings the T nearer to its goal fastest, the walk there included. It plans anew at every step and
+remembers nothing, so that what it does depends on what the camera and the state show.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ RADIUS = 15.0  # of the agent
 CELL = 8  # of the grid on which walks are searched
 CLEARANCE = 4.0  # between the agent and the T, on walks
 STRIDE = 24.0  # how far ahead of the agent its target is on a walk
-# The same for pushes, of which the agent does half in a step, and the range of the T's error where it is tried.
+# The same for pushes, of which the agent does half in a step, and the T's errors at which they are tried.
 LEADS = ((16.0, 20.0, np.inf), (5.0, 0.0, 40.0))
 PUSH_STEPS = 12  # longest push that is tried
 TRIED = 12  # places around the T whose pushes are tried
@@ -168,10 +168,10 @@ class PushPlanner:
         inside = ((starts > RADIUS + 8) & (starts < 512 - RADIUS - 8)).all(1)
         tried = np.argsort(np.where(inside, -estimates, np.inf))[:TRIED]
         gains = [
-            np.max([self._try(starts[i], (0, 0), pose, -normals[i], lead) for lead in self._leads(pose)], axis=0)
-            for i in tried
+            [self._try(starts[i], (0, 0), pose, -normals[i], lead) for i in tried]
+            for lead in self._leads(pose)
         ]
-        return starts[tried], np.array(gains)
+        return starts[tried], np.max(gains, axis=0)
 
     # Walks
 
@@ -223,9 +223,7 @@ class PushPlanner:
         from scipy.sparse.csgraph import dijkstra
 
         here = int(self._node(agent[None])[0])
-        distances, came_from = dijkstra(
-            self._graph, directed=False, indices=here, return_predecessors=True
-        )
+        distances, came_from = dijkstra(self._graph, directed=False, indices=here, return_predecessors=True)
         return distances, came_from, here
 
     def _along(

@@ -1,5 +1,6 @@
-"""`python -m lerobot_vla0.demo.record_gym`: episodes of a scripted expert in PushT or ALOHA as a LeRobotDataset,
-with the names and shapes that `lerobot-eval --env.type=pusht` (or `aloha`) gives a policy. Needs `[sims]`.
+"""`python -m lerobot_vla0.demo.record_gym`: episodes of a scripted expert in PushT or ALOHA as a
+LeRobotDataset, with the names and shapes that `lerobot-eval --env.type=pusht` (or `aloha`) gives a policy.
+Needs the extra `[sims]`.
 """
 
 import sys
