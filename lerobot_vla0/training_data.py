@@ -51,8 +51,9 @@ def read_metadata(repo_id: str, root: Path | str | None, **hub: Any) -> LeRobotD
 
 def prepare_data(config: VLA0Config, meta: Any) -> None:
     """Takes the data set's shapes, and its task if there is one only, into `config`, and checks its tasks,
-    actions, states and statistics. With `action_norm="task"`, adds the statistics of each task to `meta.stats`, which the processors get; with
-    `use_relative_actions`, those of the action become those of relative ones.
+    actions, states and statistics. With `action_norm="task"`, adds the statistics of each task to
+    `meta.stats`, which the processors get; with `use_relative_actions`, those of the action become those of
+    relative ones.
 
     Args:
         meta: a `LeRobotDatasetMetadata`.
