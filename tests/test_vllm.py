@@ -16,7 +16,7 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
-from conftest import make_batch, make_config, make_stats, observation, randomise
+from conftest import make_batch, make_config, make_stats, observation, randomise, run_script
 from lerobot.configs import PreTrainedConfig
 
 from lerobot_vla0.cli import main
@@ -30,7 +30,7 @@ if not PYTHON:
     pytest.skip("needs vLLM: make test-vllm, or set VLA0_VLLM_PYTHON", allow_module_level=True)
 pytestmark = pytest.mark.slow
 
-START_S = 600  # vLLM has taken 30 to 220 s
+START_S = 600  # vLLM has taken 256 s on two busy cores
 BATCHES, ROWS = 5, 8  # 40 observations
 
 
@@ -55,7 +55,12 @@ class Engine:
         ]  # fmt: skip
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                command, env=self.env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                command,
+                env=self.env,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
             )
 
     def wait(self) -> None:
@@ -169,14 +174,12 @@ def test_real_time_chunking(engine, checkpoint, batches, chunks, local, delay):
     assert torch.equal(
         served, local.predict_action_chunk(batch, inference_delay=delay, prev_chunk_left_over=left)
     )
-    alone = policy.predict_action_chunk(
-        row(batch, 5), inference_delay=delay, prev_chunk_left_over=left[5]
-    )
+    alone = policy.predict_action_chunk(row(batch, 5), inference_delay=delay, prev_chunk_left_over=left[5])
     assert torch.equal(alone[0], served[5])
 
 
 def test_the_grammar_is_enforced(engine, checkpoint, batches, caplog):
-    """It is what makes these weights write actions; that it is sent is not refused."""
+    """It is sent and not refused, and without it these weights write no actions."""
     policy = remote(checkpoint, engine.url)
     with caplog.at_level(logging.WARNING):
         policy.predict_action_chunk(row(batches[0], 0))
@@ -195,6 +198,23 @@ def test_wrong_model_and_wrong_address(engine, checkpoint, batches):
     policy = remote(checkpoint, engine.root)
     with pytest.raises(ConnectionError, match="status 404: .*[.] Does the URL end in /v1[?]"):
         policy.predict_action_chunk(batches[0])
+
+
+def test_lerobot_eval(engine, checkpoint, tmp_path, process_env):
+    """LeRobot's script, two environments at once: a request each for every eight steps."""
+
+    def answered() -> int:
+        return engine.log.read_text().count('"POST /v1/chat/completions HTTP/1.1" 200')
+
+    before = answered()
+    run_script(
+        "lerobot-eval", f"--policy.path={checkpoint}", f"--policy.server={engine.url}", "--policy.device=cpu",
+        "--env.type=vla0_libero", "--env.task=libero_object", "--env.task_ids=[7]", "--env.assets=primitive",
+        "--env.episode_length=10", "--eval.batch_size=2", "--eval.n_episodes=2", f"--output_dir={tmp_path}",
+        env=process_env,
+    )  # fmt: skip
+    assert json.loads((tmp_path / "eval_info.json").read_text())["overall"]["n_episodes"] == 2
+    assert answered() - before == 2 * 2
 
 
 def test_goes_on_after_a_restart_whatever_the_folder_asks_for(
