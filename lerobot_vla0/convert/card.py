@@ -57,7 +57,7 @@ action = agent.act(observation, "pick up the milk and place it in the basket")  
 ```
 
 `observation` holds `{{ config.camera_keys | join("`, `") }}` as uint8 images (H, W, 3)\
-{{ " and the robot's state" if config.use_state }}; `action` is in the robot's units.
+{{ " and the robot's state" if config.needs_state }}; `action` is in the robot's units.
 With LeRobot's scripts: `--policy.path={{ path }}`.
 
 """
@@ -76,14 +76,17 @@ crop {{ config.crop_ratio }} (random in training), \
 {{ config.image_fit }} to {{ config.image_size }}×{{ config.image_size }} pixels, \
 {{ "side by side in one picture" if config.tile_images else "one picture each" }}; \
 colour jitter {{ config.jitter }} |
-| prompt | {{ 'with' if config.add_vision_id else 'without' }} "Picture 1: " before the picture \
+{% if config.empty_cameras %}| cameras that may be missing | {{ config.empty_cameras }} (black pictures) |
+{% endif %}| prompt | {{ 'with' if config.add_vision_id else 'without' }} "Picture 1: " before the picture \
 (`add_vision_id={{ config.add_vision_id | lower }}`) |
 | masked action augmentation | up to {{ config.action_mask_prob }} of the characters; \
 {{ config.action_mask_skip_prob }} of the examples without |
 | action normalisation | {{ normalisation }} of \
-{{ "each instruction's" if config.action_norm == "task" else "the data set's" }} actions \
+{{ "each instruction's" if config.action_norm == "task" else "the data set's" }} \
+{{ "relative actions (minus the state that is seen)" if config.use_relative_actions else "actions" }} \
 → 0..{{ config.num_bins }} |
-{% for name, values in action_range.items() %}| action {{ name }} | {{ values }} |
+{% if config.use_relative_actions %}| not relative | {{ absolute | join(", ") or "none" }} |
+{% endif %}{% for name, values in action_range.items() %}| action {{ name }} | {{ values }} |
 {% endfor %}
 {{ evaluation }}
 """
@@ -187,6 +190,7 @@ def make_card(
     found = (names for pattern, names in LICENCES.items() if re.fullmatch(pattern, str(config.vlm)))
     licence, name = next(found, (None, ""))
     terms = f"the {name}, which binds what is trained from it" if licence else "the licence that it names"
+    excluded = [name.lower() for name in config.relative_exclude_joints if name]
     context = {
         "model_name": config.type,
         "license": f"The base model {_shown(config.vlm)} is under {terms}."
@@ -229,6 +233,7 @@ def make_card(
         trained_from=_shown(config.pretrained_path) if _is_repo(config.pretrained_path) else None,
         data_set=_shown(data_set, "datasets/") if data_set and dataset_meta is None else None,
         peft=training.get("peft") if config.use_peft else None,
+        absolute=[n for n in config.action_feature_names or () if any(x in n.lower() for x in excluded)],
         normalisation=NORMALISATION[config.normalization_mapping["ACTION"]],
         action_range={key: [round(float(v), 4) for v in values] for key, values in action_range.items()},
         evaluation=results or NO_EVALUATION,
@@ -286,9 +291,8 @@ def _evaluation(settings: dict[str, Any], episodes: list[dict[str, Any]], folder
         "| suite | tasks | success | 95 % interval | mean steps of successes |",
         "|---|---|---|---|---|",
     ]
-    lines += [
-        table_row(s, str(len({e["task_id"] for e in rows})), rows) for s, rows in sorted(suites.items())
-    ]
+    for suite, rows in sorted(suites.items()):
+        lines.append(table_row(suite, str(len({e["task_id"] for e in rows})), rows))
     if len(suites) > 1:
         lines.append(table_row("**all**", "", episodes))
     policy = settings["policy"]
