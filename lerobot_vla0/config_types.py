@@ -113,9 +113,9 @@ def check_features(config: PreTrainedConfig) -> None:
 
 
 def check_joints(config: PreTrainedConfig, state: int) -> None:
-    """Refuses a robot with fewer joints than the policy moves. LeRobot would leave out the last actions with a
-    warning, or none. Environments may have another state than the training data; what makes the difference is
-    a state that has become too short for the action.
+    """Refuses a robot with fewer joints than the policy moves: LeRobot would leave out the last dimensions of
+    each action, with a warning at most. Environments may have another state than the training data; only one
+    that has become too short for the action tells of another robot.
 
     Args:
         config: of the policy, with its features filled in.

@@ -82,7 +82,7 @@ def test_what_is_not_the_default_is_said():
     for words, in_default in [
         ("letterbox to 56×56 pixels", False),
         ("squash to 56×56 pixels", True),
-        ("| cameras that may be missing | 1 (black pictures) |\n| prompt |", False),
+        ("0.05); 1 may be missing, and is black then |\n| prompt |", False),
         ("of the data set's relative actions (minus the state that is seen) → 0..1000", False),
         ("| not relative | Gripper.pos |", False),
         ("as uint8 images (H, W, 3) and the robot's state; `action`", False),

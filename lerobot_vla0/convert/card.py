@@ -75,9 +75,9 @@ MADE = """\
 crop {{ config.crop_ratio }} (random in training), \
 {{ config.image_fit }} to {{ config.image_size }}×{{ config.image_size }} pixels, \
 {{ "side by side in one picture" if config.tile_images else "one picture each" }}; \
-colour jitter {{ config.jitter }} |
-{% if config.empty_cameras %}| cameras that may be missing | {{ config.empty_cameras }} (black pictures) |
-{% endif %}| prompt | {{ 'with' if config.add_vision_id else 'without' }} "Picture 1: " before the picture \
+colour jitter {{ config.jitter }}\
+{{ "; %d may be missing, and is black then" % config.empty_cameras if config.empty_cameras }} |
+| prompt | {{ 'with' if config.add_vision_id else 'without' }} "Picture 1: " before the picture \
 (`add_vision_id={{ config.add_vision_id | lower }}`) |
 | masked action augmentation | up to {{ config.action_mask_prob }} of the characters; \
 {{ config.action_mask_skip_prob }} of the examples without |
@@ -94,8 +94,7 @@ colour jitter {{ config.jitter }} |
 
 @dataclass(kw_only=True)
 class CardConfig(PolicyOptions):
-    """`--policy.path=` names the checkpoint folder that the card describes. If there is a README.md already,
-    only its evaluation section is changed."""
+    """`--policy.path=` names the checkpoint folder. Of a README.md in it only the evaluation is changed."""
 
     # Results folder of `lerobot-vla0 eval`.
     results: Path | None = None
@@ -287,10 +286,7 @@ def _evaluation(settings: dict[str, Any], episodes: list[dict[str, Any]], folder
     lines = [BEGIN, "## Evaluation", ""]
     if settings["stand_in_assets"]:
         lines += ["**Measured on stand-in assets: these are not LIBERO scores.**", ""]
-    lines += [
-        "| suite | tasks | success | 95 % interval | mean steps of successes |",
-        "|---|---|---|---|---|",
-    ]
+    lines += ["| suite | tasks | success | 95 % interval | mean steps of successes |", "|---" * 5 + "|"]
     for suite, rows in sorted(suites.items()):
         lines.append(table_row(suite, str(len({e["task_id"] for e in rows})), rows))
     if len(suites) > 1:
