@@ -237,9 +237,11 @@ def test_two_processes_give_the_rows_of_one(checkpoint, process_env, tmp_path):
     """Started by torchrun; and by hand, where one is killed and the command is given again."""
     arguments = [
         "eval", f"--policy.path={checkpoint}", "--policy.device=cpu", "--suites=libero_object",
-        "--tasks=[0,7]", "--episodes=2", "--max_episode_steps=6", "--assets=primitive", "--videos=failures",
+        "--tasks=[0,7]", "--episodes=2", "--max_episode_steps=6", "--assets=primitive",
     ]  # fmt: skip
-    log = run_script("lerobot-vla0", *arguments, f"--out={tmp_path / 'one'}", env=process_env).stdout
+    log = run_script(
+        "lerobot-vla0", *arguments, f"--out={tmp_path / 'one'}", "--videos=none", env=process_env
+    ).stdout
     expected = outcomes(tmp_path / "one")
     assert len(expected) == 4, log
 
@@ -259,27 +261,25 @@ def test_two_processes_give_the_rows_of_one(checkpoint, process_env, tmp_path):
     table = (out / "report.md").read_text().split("## Settings")[0]
     assert table == (tmp_path / "one/report.md").read_text().split("## Settings")[0]
 
-    out = tmp_path / "by_hand"
+    out, lines = tmp_path / "by_hand", tmp_path / "by_hand/episodes-2of2.jsonl"
 
-    def start(number: int) -> subprocess.Popen:
-        command = [script, *arguments, f"--out={out}", "--rank_timeout=60", "--videos=none"]
+    def start(number: int, rank_timeout: int) -> subprocess.Popen:
+        command = [script, *arguments, f"--out={out}", f"--rank_timeout={rank_timeout}", "--videos=none"]
         env = {**process_env, "RANK": str(number), "WORLD_SIZE": "2"}
-        file = (tmp_path / f"{number}.log").open("a")
-        return subprocess.Popen(command, env=env, stdout=file, stderr=subprocess.STDOUT)
+        with (tmp_path / f"{number}.log").open("a") as file:
+            return subprocess.Popen(command, env=env, stdout=file, stderr=subprocess.STDOUT)
 
-    other, lines = start(1), out / "episodes-2of2.jsonl"
+    first, second = start(0, 20), start(1, 20)
     while not lines.is_file():
-        assert other.poll() is None, (tmp_path / "1.log").read_text()
+        assert second.poll() is None, (tmp_path / "1.log").read_text()
         time.sleep(0.1)
-    other.kill()
-    other.wait()
-    assert len(outcomes(out)) == 1
-    first = start(0)  # waits 60 s for one that is not there
-    assert first.wait(300) == 1
+    second.kill()
+    second.wait()
+    assert first.wait(600) == 1
     log = (tmp_path / "0.log").read_text()
     assert "lerobot-vla0 eval: process 1 of 0..1 is lost" in log and "1 of its 2 episodes are missing" in log
     assert "Unfinished: 3 of 4 episodes." in (out / "report.md").read_text()
-    processes = [start(number) for number in (0, 1)]
-    assert [process.wait(300) for process in processes] == [0, 0], (tmp_path / "0.log").read_text()
+    processes = [start(number, 600) for number in (0, 1)]
+    assert [process.wait(600) for process in processes] == [0, 0], (tmp_path / "0.log").read_text()
     assert outcomes(out) == expected and lines.read_text().count("\n") == 2
     assert "Unfinished" not in (out / "report.md").read_text()
