@@ -192,6 +192,19 @@ def test_one_that_is_alive_is_waited_for(quick, tmp_path):
     assert "is lost: for 0.5 s" in results[0]
 
 
+def test_a_run_that_fails_at_its_start_leaves_nothing(quick, monkeypatch, tmp_path):
+    """Settings are checked before the first sign of life."""
+
+    def refuse(config, beat):
+        raise ValueError("no such policy")
+
+    monkeypatch.setattr(ranks, "run_episodes", refuse)
+    for number in (0, 1):
+        with pytest.raises(ValueError, match="no such policy"):
+            quick(number)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("shard", ["1/1", "3/10"])
 def test_a_part_for_all_is_refused(shard, quick, tmp_path):
     with pytest.raises(ValueError, match=f"shard='{shard}' was given to 2 processes .WORLD_SIZE=2"):

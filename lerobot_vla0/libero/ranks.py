@@ -9,6 +9,7 @@ ended.
 
 import contextlib
 import copy
+import math
 import os
 import shutil
 import time
@@ -145,7 +146,7 @@ class State:
     and a message."""
 
     def __init__(self, out: Path, number: int, count: int) -> None:
-        self.file, self.written = out / STATES / f"{number}of{count}", 0.0
+        self.file, self.written = out / STATES / f"{number}of{count}", -math.inf
 
     def alive(self) -> None:
         if time.monotonic() - self.written > BEAT_S:
