@@ -46,6 +46,15 @@ def averaged_chunks(config: VLA0Config) -> str | None:
     )
 
 
+def warn_of_averaged_chunks(config: VLA0Config) -> bool:
+    """Whether there is a reason not to continue chunks. It is logged: LeRobot only says that this kind of
+    policy cannot."""
+    problem = averaged_chunks(config)
+    if problem:
+        logging.warning(problem)
+    return problem is not None
+
+
 def read_left_over(
     observation: Observation,
     config: VLA0Config,
