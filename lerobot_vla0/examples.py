@@ -59,6 +59,27 @@ class Observation:
         )
 
 
+def _instructions(task: Any, rows: int, default: str | None) -> tuple[list[str], bool]:
+    """(one instruction per row, whether one of them is the default)."""
+    if task is None and default is None:
+        raise ValueError(
+            "the batch has no 'task': VLA-0 needs one instruction per row. Use a data set whose "
+            "episodes have tasks, or add batch['task'] = [instruction, ...]."
+        )
+    tasks = [""] * rows if task is None else [task] if isinstance(task, str) else list(task)
+    if not all(isinstance(task, str) for task in tasks):
+        raise ValueError(f"'task' must be one instruction per row, each a string, got {tasks[:3]}.")
+    if len(tasks) != rows:
+        raise ValueError(f"the batch has {rows} images but {len(tasks)} tasks: {tasks[:3]}.")
+    is_blank = [not task.strip() for task in tasks]
+    if any(is_blank) and default is None:
+        raise ValueError(
+            "an instruction is blank (LeRobot's PushT gives none, for example), and the policy has no "
+            "default. Give it the one of the training data: --policy.default_task='...'"
+        )
+    return [default if b else task for task, b in zip(tasks, is_blank, strict=True)], any(is_blank)
+
+
 class ExampleMaker:
     """Pictures and chat of a batch, as the policy's config wants them.
 
@@ -146,7 +167,11 @@ class ExampleMaker:
                 f"(empty_cameras={config.empty_cameras})."
             )
         black = {key: torch.zeros_like(batch[keys[0]]) for key in missing}
-        tasks = self._check_tasks(batch.get("task"), len(batch[keys[0]]))
+        tasks, is_default = _instructions(batch.get("task"), len(batch[keys[0]]), config.default_task)
+        if is_default and not self._is_default_shown:
+            self._is_default_shown = True
+            shown = config.default_task
+            logging.info(f"the observations have no instruction: the model sees default_task={shown!r}.")
         if config.use_state and OBS_STATE not in batch:
             raise ValueError(
                 f"the batch has no {OBS_STATE!r}, which use_state=True puts into the prompt; it has "
@@ -181,30 +206,6 @@ class ExampleMaker:
             batch[TASK_RANGE] if by_task else None,
             batch[ORIGIN] * (config.num_bins / 2) if config.use_relative_actions else None,
         )
-
-    def _check_tasks(self, task: Any, rows: int) -> list[str]:
-        default = self.config.default_task
-        if task is None and default is None:
-            raise ValueError(
-                "the batch has no 'task': VLA-0 needs one instruction per row. Use a data set whose "
-                "episodes have tasks, or add batch['task'] = [instruction, ...]."
-            )
-        tasks = [""] * rows if task is None else [task] if isinstance(task, str) else list(task)
-        if not all(isinstance(task, str) for task in tasks):
-            raise ValueError(f"'task' must be one instruction per row, each a string, got {tasks[:3]}.")
-        if len(tasks) != rows:
-            raise ValueError(f"the batch has {rows} images but {len(tasks)} tasks: {tasks[:3]}.")
-        if all(task.strip() for task in tasks):
-            return tasks
-        if default is None:
-            raise ValueError(
-                "an instruction is blank (LeRobot's PushT gives none, for example), and the policy has no "
-                "default. Give it the one of the training data: --policy.default_task='...'"
-            )
-        if not self._is_default_shown:
-            self._is_default_shown = True
-            logging.info(f"the observations have no instruction: the model sees default_task={default!r}.")
-        return [task if task.strip() else default for task in tasks]
 
     def _check_images(self, key: str, images: Any) -> None:
         config = self.config
