@@ -66,8 +66,7 @@ def prepare_data(config: VLA0Config, meta: Any) -> None:
     config.validate_features()
     _take_names(config, meta.features.get(ACTION, {}).get("names"))
     _check_tasks(meta)
-    tasks = _tasks(meta)
-    config.default_task = tasks[0] if len(tasks) == 1 else None
+    _take_default_task(config, _tasks(meta))
     files = frame_files(meta)
     if not files:
         logging.info(f"{meta.root} holds no frames (streamed data): they are not checked before training.")
@@ -98,6 +97,20 @@ def _take_names(config: VLA0Config, names: Any) -> None:
     dim = config.action_feature.shape[0]
     given = (list(map(str, x)) for x in (names, config.action_feature_names) if x and len(x) == dim)
     config.action_feature_names = next(given, None)
+
+
+def _take_default_task(config: VLA0Config, tasks: list[str]) -> None:
+    """The only task, or the one of several that the user chose. Another one is a mistake or comes from the
+    checkpoint that is fine-tuned: the policy has not learned it."""
+    if config.default_task in tasks:
+        return
+    taken = tasks[0] if len(tasks) == 1 else None
+    if config.default_task is not None:
+        logging.warning(
+            f"default_task={config.default_task!r} is not a task of the data set ({tasks[:3]}): it becomes "
+            f"{taken!r}."
+        )
+    config.default_task = taken
 
 
 def _tasks(meta: Any) -> list[str]:

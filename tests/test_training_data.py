@@ -301,8 +301,8 @@ def test_lerobot_resumes_the_order_of_frames_in_the_first_epoch_only():
 
 
 @pytest.mark.parametrize("tasks", [1, 2])
-def test_the_only_task_becomes_the_default(tasks, root, tiny_vlm):
-    """Fine-tuning replaces that of an earlier training, also by none."""
+def test_the_only_task_becomes_the_default(tasks, root, tiny_vlm, caplog):
+    """Fine-tuning replaces that of an earlier training, also by none; a task of the data may be chosen."""
     if tasks == 1:
         change_tasks(root, lambda task: "open the drawer")
     config = make_config(tiny_vlm, default_task="an earlier one")
@@ -311,3 +311,8 @@ def test_the_only_task_becomes_the_default(tasks, root, tiny_vlm):
         meta.tasks = meta.tasks.iloc[:1]
     prepare_data(config, meta)
     assert config.default_task == ("open the drawer" if tasks == 1 else None)
+    assert "default_task='an earlier one' is not a task of the data set" in caplog.text
+    caplog.clear()
+    config.default_task = list(meta.tasks.index)[-1]
+    prepare_data(config, meta)
+    assert config.default_task == list(meta.tasks.index)[-1] and not caplog.text
