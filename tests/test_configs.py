@@ -8,8 +8,8 @@ from lerobot.configs.train import TrainPipelineConfig
 from lerobot_vla0 import VLA0Config
 from lerobot_vla0.training.sft_options import parse
 
-FILES = sorted((ROOT / "configs").glob("*train*.yaml"))
 SFT_FILES = sorted((ROOT / "configs").glob("sft_*.yaml"))
+FILES = sorted({*(ROOT / "configs").glob("*.yaml")} - {*SFT_FILES})
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
@@ -30,10 +30,6 @@ def test_sft_parses(path):
     assert arguments.dataset.repo_id == "lerobot/libero"
     assert arguments.policy.vlm == "Qwen/Qwen2.5-VL-3B-Instruct" and arguments.policy.dtype == "bfloat16"
     assert training.learning_rate == (4e-4 if arguments.options.use_lora else 4e-5)
-
-
-def test_every_file_is_tested():
-    assert {*FILES, *SFT_FILES} == set((ROOT / "configs").glob("*"))
 
 
 @pytest.mark.parametrize(("name", "gpus"), [("train_libero", 8), ("train_libero_1gpu", 1)])
