@@ -3,7 +3,7 @@
 
 It is the plugin's `SO101PickPlace-v0` (lerobot-env-so101 0.4.0, extra [sims]), made fit for a policy that
 sees. The goal, which no camera shows, is always the plugin's fixed one. The block lies anywhere in a
-rectangle. Shadows are off: they take most of a picture's time where no GPU renders.
+square. Shadows are off: they take most of a picture's time where no GPU renders.
 """
 
 from dataclasses import dataclass, field
@@ -18,10 +18,11 @@ from lerobot.envs.configs import EnvConfig
 
 TASK = "put the block at the goal"
 FPS = 10
+MAX_STEPS = 120
 ACTION_SCALE = 0.025  # metres per unit of an action; the plugin's default, 1.0, crosses the table in a step
-# Middle of the block, (x, y) in metres: in sight of the camera, 6 cm or more from the goal at (0.20, 0.08),
+# Middle of the block, (x, y) in metres: in sight of the camera, 9 cm or more from the goal at (0.20, 0.08),
 # and where the gripper can be held vertical.
-BLOCK_XY = np.array([[0.20, -0.08], [0.28, 0.02]])
+BLOCK_XY = np.array([[0.21, -0.07], [0.27, -0.01]])
 
 
 class SO101Place(gymnasium.Wrapper):
@@ -63,7 +64,7 @@ class SO101Place(gymnasium.Wrapper):
         return {"pixels": {"front": self.env.render()}, "agent_pos": observation["agent_pos"]}
 
 
-gymnasium.register("so101_sim/SO101Place-v0", SO101Place, max_episode_steps=120)
+gymnasium.register("so101_sim/SO101Place-v0", SO101Place, max_episode_steps=MAX_STEPS)
 
 
 @EnvConfig.register_subclass("so101_place")
@@ -73,6 +74,8 @@ class SO101PlaceConfig(EnvConfig):
 
     task: str = "SO101Place-v0"
     fps: int = FPS
+    # Steps after which an episode has failed; the plugin's controller needs about 50.
+    episode_length: int = MAX_STEPS
     features: dict[str, PolicyFeature] = field(
         default_factory=lambda: {
             "pixels/front": PolicyFeature(FeatureType.VISUAL, (128, 128, 3)),
@@ -94,4 +97,4 @@ class SO101PlaceConfig(EnvConfig):
 
     @property
     def gym_kwargs(self) -> dict[str, Any]:
-        return {}
+        return {"max_episode_steps": self.episode_length}
