@@ -13,8 +13,8 @@ from lerobot_env_so101.scripted import PickPlaceController
 
 from . import ACTION_SCALE, FPS, TASK
 
-# Share of the distance that the controller wants to make good in one step. With its own value, 1, the arm, which
-# lags behind, swings: actions change from step to step for reasons that no single observation shows.
+# Share of the distance that the controller wants to make good in one step. With its own value, 1, the arm,
+# which lags behind, swings: actions change from step to step for reasons that no single observation shows.
 GAIN = 0.6
 # The controller holds still for ten steps while the jaw closes, which takes four. A policy without memory
 # cannot count them: only the first ones are recorded, fewer than a chunk has, so that a chunk leads on.
