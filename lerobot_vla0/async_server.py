@@ -10,29 +10,41 @@ from typing import Any
 
 from lerobot.async_inference import policy_server
 from lerobot.async_inference.constants import SUPPORTED_POLICIES
-from lerobot.utils.constants import OBS_IMAGES
+from lerobot.utils.constants import OBS_IMAGES, OBS_STATE
 from lerobot.utils.import_utils import register_third_party_plugins
+
+from .config_types import check_joints
+from .configuration_vla0 import VLA0Config
 
 
 class CheckingServer(policy_server.PolicyServer):
-    """Refuses a robot with other cameras when it connects. LeRobot's would refuse each of its observations,
-    and name a key only."""
+    """Refuses a robot that does not fit the policy when it connects. LeRobot's would refuse each of its
+    observations, and name a key only; and the client would leave out actions for which it has no joint."""
 
     def SendPolicyInstructions(self, request: Any, context: Any) -> Any:  # noqa: N802
-        """Loads the policy that a client asks for.
+        """Loads the policy that a client asks for. Policies of other types are LeRobot's matter.
 
         Raises:
-            ValueError: the robot's cameras are not those of the policy; the client shows the message.
+            ValueError: the robot lacks a camera or a joint of the policy, or has a camera that the policy was
+                not trained with; the client shows the message.
         """
         answer = super().SendPolicyInstructions(request, context)
-        robot = {key for key in self.lerobot_features if key.startswith(OBS_IMAGES)}
-        expected = set(self.policy.config.image_features)
-        if robot != expected:
-            raise ValueError(
-                f"the robot has the cameras {sorted(robot)}, and the policy was trained with "
-                f"{sorted(expected)}. Name the robot's cameras (--robot.cameras) as the policy's."
-            )
+        if isinstance(self.policy.config, VLA0Config):
+            check_robot(self.policy.config, self.lerobot_features)
         return answer
+
+
+def check_robot(config: VLA0Config, features: dict[str, Any]) -> None:
+    """Raises ValueError if the features of a robot, as LeRobot's client sends them, do not fit the policy."""
+    robot = {key for key in features if key.startswith(OBS_IMAGES)}
+    missing, unknown = set(config.camera_keys) - robot, robot - set(config.image_features)
+    if unknown or len(missing) > min(config.empty_cameras, len(config.camera_keys) - 1):
+        raise ValueError(
+            f"the robot has the cameras {sorted(robot)}, and the policy was trained with "
+            f"{sorted(config.image_features)}. Name the robot's cameras (--robot.cameras) as the policy's."
+        )
+    if OBS_STATE in features:
+        check_joints(config, features[OBS_STATE]["shape"][0])
 
 
 def main() -> None:

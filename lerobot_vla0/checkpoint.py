@@ -111,13 +111,19 @@ def find_checkpoint(path: str | Path, *, weights: bool = True, **hub: Any) -> Ch
 
     Raises:
         FileNotFoundError: it is no folder, and no repo that can be read.
-        ValueError: a file is damaged, or its processors have a step that is not admitted.
+        ValueError: a file is damaged, it is a policy of another type, or its processors have a step that is
+            not admitted.
     """
     local, file = Path(path).is_dir(), find_config(path, **hub)
     kind, folder = "policy", file.parent
     saved = read_json(file) if file.is_file() else {}
     if "model_type" in saved and "type" not in saved:
         kind = "vlm"
+    elif saved.get("type", "vla0") != "vla0":
+        raise ValueError(
+            f"{path} holds a policy of type {saved['type']!r}, not vla0. Name a checkpoint of VLA-0, or the "
+            "type that this one has."
+        )
     elif not local:
         tensors = "*.safetensors" if weights else "policy_*.safetensors"
         folder = Path(snapshot_download(str(path), allow_patterns=["*.json", tensors], **hub))

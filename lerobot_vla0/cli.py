@@ -15,7 +15,7 @@ from .options import parse_options
 
 # Command: (module:function, help). The module is imported when the command runs, so `--help` answers at once.
 COMMANDS = {
-    "eval": ("libero.evaluate:evaluate", "evaluate a policy on LIBERO as the paper does"),
+    "eval": ("libero.ranks:evaluate", "evaluate a policy on LIBERO as the paper does"),
     "sft": ("training.sft:main", "train with TRL's SFTTrainer, on one GPU or several"),
     "record": ("demo.record:record", "record episodes of a scripted expert"),
     "bench decode": ("bench.decode:bench_decode", "measure decoding against Transformers' generate"),

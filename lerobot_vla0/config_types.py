@@ -110,3 +110,23 @@ def check_features(config: PreTrainedConfig) -> None:
             f"use_relative_actions=True subtracts the {has} numbers of observation.state from an action of "
             f"{size}: it needs 2 or more, and as many of the state. Set use_relative_actions=false."
         )
+
+
+def check_joints(config: PreTrainedConfig, state: int) -> None:
+    """Refuses a robot with fewer joints than the policy moves: LeRobot would leave out the last dimensions of
+    each action, with a warning at most. Environments may have another state than the training data; only one
+    that has become too short for the action tells of another robot.
+
+    Args:
+        config: of the policy, with its features filled in.
+        state: numbers of `observation.state` where the policy acts.
+
+    Raises:
+        ValueError: see above.
+    """
+    size, had = (f.shape[0] if f else 0 for f in (config.action_feature, config.robot_state_feature))
+    if state < size <= had:
+        raise ValueError(
+            f"the robot has {state} joints (observation.state), and the policy writes actions of {size} "
+            f"dimensions: it was trained on a robot with {had}. Use that robot, or train on data of this one."
+        )

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import backbone
 from .action_codec import ActionCodec
+from .config_types import check_joints
 from .configuration_vla0 import VLA0Config
 from .images import fitted, prepare_images
 from .prompt import ChatFormatter
@@ -122,7 +123,8 @@ class ExampleMaker:
         """The part of a batch that the model looks at, checked.
 
         Raises:
-            ValueError: a camera, the instructions or the state are missing or of a wrong shape.
+            ValueError: a camera, the instructions or the state are missing or of a wrong shape; or
+                `config_types.check_joints`.
         """
         config, keys = self.config, self.config.camera_keys
         missing = [key for key in keys if key not in batch]
@@ -159,6 +161,8 @@ class ExampleMaker:
                 f"the batch has no {OBS_STATE!r}, which use_state=True puts into the prompt; it has "
                 f"{sorted(key for key in batch if key.startswith('observation'))}."
             )
+        if isinstance(batch.get(OBS_STATE), Tensor) and batch[OBS_STATE].ndim == 2:
+            check_joints(config, batch[OBS_STATE].shape[1])
         state = batch[OBS_STATE] if config.use_state else None
         if isinstance(state, Tensor) and tuple(config.robot_state_feature.shape) == (1,):
             state = state.reshape(-1, 1)  # LeRobot's data have (B,), which its preprocessor takes for one row

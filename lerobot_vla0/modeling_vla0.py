@@ -26,7 +26,7 @@ from .decoding.chunk_decoder import (
     episode_rows,
     remember_look,
 )
-from .decoding.rtc import read_left_over
+from .decoding.rtc import read_left_over, warn_of_averaged_chunks
 from .decoding.server import ServerDecoder
 from .examples import ExampleMaker, augmentation_generator
 from .loss import answer_loss
@@ -181,8 +181,8 @@ class VLA0Policy(PreTrainedPolicy):
         return self.decoder.decode_chunk(observation, steps, episodes, left_over)
 
     def supports_rtc(self) -> bool:
-        """`lerobot-rollout --inference.type=rtc` works, see decoding/rtc.py."""
-        return True
+        """Whether `lerobot-rollout --inference.type=rtc` works; asked before the robot is connected."""
+        return not warn_of_averaged_chunks(self.config)
 
     @torch.compiler.disable
     def predict_action_chunk(self, batch: dict[str, Any], **rtc: Any) -> Tensor:

@@ -58,6 +58,12 @@ class normalizer_processor(NormalizerProcessorStep):  # noqa: N801
         if state is None:  # LeRobot's real-time chunking normalises actions alone
             return transition
         dim = self.features[ACTION].shape[0]
+        if state.shape[-1] < dim:
+            raise ValueError(
+                f"the robot has {state.shape[-1]} joints ({OBS_STATE}), and the policy writes relative "
+                f"actions of {dim} dimensions, which are added to them. Use a robot with the joints of the "
+                "training data."
+            )
         extra[ORIGIN] = self._apply_transform(state[..., :dim].float(), ACTION, FeatureType.ACTION)
         return {**transition, TransitionKey.COMPLEMENTARY_DATA: extra}
 

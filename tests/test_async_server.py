@@ -1,14 +1,29 @@
 """LeRobot's asynchronous inference as processes: our server, LeRobot's client, a robot without hardware."""
 
 import json
+import logging
+import pickle
 import socket
 import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
-from conftest import make_act
+import torch
+from conftest import make_act, make_robot_checkpoint
+from lerobot.configs import FeatureType, PolicyFeature
+from lerobot.policies.act.configuration_act import ACTConfig
+from lerobot.policies.act.modeling_act import ACTPolicy
+from lerobot.policies.factory import make_pre_post_processors
+from lerobot.utils.feature_utils import hw_to_dataset_features
+from lerobot_robot_mock import CAMERAS, JOINTS
+
+from lerobot_vla0.modeling_vla0 import VLA0Policy
+
+NAMES = [f"{joint}.pos" for joint in JOINTS]
 
 
 @contextmanager
@@ -64,12 +79,20 @@ def serve(tmp_path, robot_env):
 
 
 @pytest.mark.slow
-def test_a_client_acts(serve, robot_checkpoint):
-    with serve(robot_checkpoint) as (client, (_, log, robot)):
+@pytest.mark.parametrize("kind", ["absolute", "relative"])
+def test_a_client_acts(kind, serve, robot_checkpoint, relative_checkpoint):
+    path = robot_checkpoint if kind == "absolute" else relative_checkpoint
+    with serve(path, "--aggregate_fn_name=latest_only") as (client, (_, log, robot)):
         wait_for(lambda: robot.exists() and len(robot.read_text().splitlines()) >= 20, client, log)
-        rows = [json.loads(line) for line in robot.read_text().splitlines()]
-    assert all(len(row) == 7 and all(abs(joint) <= 90 for joint in row[1:]) for row in rows)
-    assert len({tuple(row[1:]) for row in rows}) > 5
+        rows = np.array([json.loads(line) for line in robot.read_text().splitlines()])[:, 1:]
+    assert rows.shape[1] == 6 and np.abs(rows).max() <= 90 and len(np.unique(rows, axis=0)) > 5
+    if kind == "relative":
+        # A command is at most 2 away from where the robot was when it looked: at the start, or where an
+        # earlier command has sent it. The gripper is absolute.
+        places = np.concatenate([np.zeros((1, 5)), rows[:, :5]])
+        for i in range(1, len(places)):
+            assert np.abs(places[:i] - places[i]).max(1).min() <= 2 + 1e-4
+        assert np.abs(rows[:, 5]).max() <= 2 < np.abs(rows[:, :5]).max()
 
 
 @pytest.mark.slow
@@ -77,8 +100,131 @@ def test_a_client_acts(serve, robot_checkpoint):
 def test_a_client_is_told_why_it_is_refused(case, serve, robot_checkpoint, tmp_path):
     checkpoint, arguments, named = robot_checkpoint, ["--robot.keys=[front,top]"], "observation.images.top"
     if case == "type":
-        checkpoint, arguments, named = tmp_path / "act", [], "act"
+        checkpoint, arguments, named = tmp_path / "other", [], "policy of type 'act', not vla0"
         make_act(checkpoint)
     with serve(checkpoint, *arguments) as (client, (_, log, _robot)):
         wait_for(lambda: "Failed to connect" in log.read_text() or client.poll() is not None, client, log)
     assert named in log.read_text().split("Failed to connect")[1]
+
+
+# --------------------------------------------------------------------------- without processes
+
+
+@pytest.fixture(scope="module")
+def relative_checkpoint(tiny_vlm, tmp_path_factory):
+    out = tmp_path_factory.mktemp("relative") / "checkpoint"
+    return make_robot_checkpoint(tiny_vlm, out, 2.0, use_relative_actions=True, action_feature_names=NAMES)
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """The server, without a network."""
+    monkeypatch.chdir(tmp_path)  # LeRobot makes a folder of logs when it is imported
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    from lerobot.async_inference.configs import PolicyServerConfig
+
+    from lerobot_vla0.async_server import CheckingServer, policy_server
+
+    root.handlers[:], root.level = handlers, level  # which it replaces
+    monkeypatch.setattr(policy_server, "SUPPORTED_POLICIES", [*policy_server.SUPPORTED_POLICIES, "vla0"])
+    return CheckingServer(PolicyServerConfig(host="127.0.0.1"))
+
+
+def connect(server, checkpoint, keys=("front", "wrist"), joints=6, kind="vla0", actions=16):
+    """As a robot with these cameras connects."""
+    from lerobot.async_inference.helpers import RemotePolicyConfig
+
+    hardware = {**dict.fromkeys(NAMES[:joints], float), **{key: CAMERAS[key] for key in keys}}
+    features = hw_to_dataset_features(hardware, "observation", use_video=False)
+    wanted = RemotePolicyConfig(kind, str(checkpoint), features, actions)
+    request, context = SimpleNamespace(data=pickle.dumps(wanted)), SimpleNamespace(peer=lambda: "a robot")
+    server.SendPolicyInstructions(request, context)
+
+
+def look(seed: int, keys=("front", "wrist")) -> dict:
+    """What the robot sends."""
+    random = np.random.default_rng(seed)
+    images = {key: random.integers(0, 256, CAMERAS[key], dtype=np.uint8) for key in keys}
+    joints = dict(zip(NAMES, random.uniform(-50, 50, 6).tolist(), strict=True))
+    return {**joints, **images, "task": "put the cube into the box"}
+
+
+def predict(server, seed: int, **options) -> torch.Tensor:
+    """The commands (16, 6) that the server sends back."""
+    from lerobot.async_inference.helpers import TimedObservation
+
+    answer = server._predict_action_chunk(TimedObservation(0.0, 0, look(seed, **options)))
+    return torch.stack([timed.get_action() for timed in answer])
+
+
+@pytest.mark.parametrize("kind", ["absolute", "relative"])
+def test_the_server_answers_what_the_policy_decodes(kind, server, robot_checkpoint, relative_checkpoint):
+    path = robot_checkpoint if kind == "absolute" else relative_checkpoint
+    connect(server, path)
+    policy = VLA0Policy.from_pretrained(path)
+    preprocess, postprocess = make_pre_post_processors(policy.config, str(path))
+    answers = []
+    for seed in range(2):
+        seen = look(seed)
+        images = {
+            f"observation.images.{key}": torch.tensor(seen[key]).permute(2, 0, 1)[None].float() / 255
+            for key in ("front", "wrist")
+        }
+        state = torch.tensor([[seen[name] for name in NAMES]])
+        batch = preprocess({**images, "observation.state": state, "task": seen["task"]})
+        expected = postprocess(policy.predict_action_chunk(batch))[0]
+        answers.append(predict(server, seed))
+        torch.testing.assert_close(answers[-1], expected, rtol=0, atol=1e-4)
+        if kind == "relative":
+            assert (expected[:, :5] - state[0, :5]).abs().max() <= 2 + 1e-4 < state.abs().max()
+    assert not torch.equal(*answers)
+
+
+@pytest.mark.parametrize(
+    ("robot", "message"),
+    [
+        ({"keys": ["front", "top"]}, r"cameras \['observation.images.front', 'observation.images.top'\]"),
+        ({"keys": ["front"]}, r"has the cameras \['observation.images.front'\]"),
+        ({"keys": ["front", "wrist", "top"]}, "observation.images.top"),
+        ({"joints": 5}, "the robot has 5 joints .* actions of 6 dimensions"),
+    ],
+)
+def test_a_robot_that_does_not_fit_is_refused_when_it_connects(robot, message, server, robot_checkpoint):
+    with pytest.raises(ValueError, match=message):
+        connect(server, robot_checkpoint, **robot)
+
+
+def test_a_camera_may_be_missing_if_the_checkpoint_says_so(server, tiny_vlm, tmp_path):
+    checkpoint = make_robot_checkpoint(tiny_vlm, tmp_path / "checkpoint", empty_cameras=1)
+    connect(server, checkpoint, keys=["wrist"])
+    assert predict(server, 0, keys=["wrist"]).shape == (16, 6)
+    with pytest.raises(ValueError, match="has the cameras"):
+        connect(server, checkpoint, keys=[])
+
+
+def make_act_with_weights(out) -> None:
+    config = ACTConfig(
+        device="cpu", push_to_hub=False, chunk_size=4, n_action_steps=4, dim_model=16, n_heads=2,
+        dim_feedforward=16, n_encoder_layers=1, n_vae_encoder_layers=1, pretrained_backbone_weights=None,
+        input_features={
+            "observation.images.front": PolicyFeature(FeatureType.VISUAL, (3, 64, 64)),
+            "observation.state": PolicyFeature(FeatureType.STATE, (6,)),
+        },
+        output_features={"action": PolicyFeature(FeatureType.ACTION, (6,))},
+    )  # fmt: skip
+    ACTPolicy(config).save_pretrained(out)
+    numbers = {"mean": torch.zeros(6), "std": torch.ones(6)}
+    images = {"mean": torch.zeros(3, 1, 1), "std": torch.ones(3, 1, 1)}
+    stats = {"observation.state": numbers, "action": numbers, "observation.images.front": images}
+    for processor in make_pre_post_processors(config, dataset_stats=stats):
+        processor.save_pretrained(out)
+
+
+def test_a_checkpoint_of_another_type(server, tmp_path):
+    """As vla0 it is refused; as what it is, LeRobot's server serves it as ever."""
+    make_act_with_weights(tmp_path / "act")
+    with pytest.raises(ValueError, match="holds a policy of type 'act', not vla0"):
+        connect(server, tmp_path / "act", keys=["front"])
+    connect(server, tmp_path / "act", keys=["front"], kind="act", actions=4)
+    assert predict(server, 0, keys=["front"]).shape == (4, 6)

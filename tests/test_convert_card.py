@@ -7,6 +7,7 @@ import pytest
 import yaml
 from conftest import make_act, make_config, make_stats
 from huggingface_hub import ModelCard
+from lerobot.configs import FeatureType, PolicyFeature
 
 from lerobot_vla0.cli import main
 from lerobot_vla0.convert.card import make_card
@@ -67,6 +68,30 @@ def test_card_of_the_published_recipe():
     ]:
         assert words in str(card), words
     assert "lerobot_policy_vla0[peft]" not in str(card)
+
+
+def test_what_is_not_the_default_is_said():
+    """What whoever runs the policy has to know: how cameras become squares, and what the actions add to."""
+    names = ["shoulder.pos", "elbow.pos", "Gripper.pos"]
+    action = {"action": PolicyFeature(FeatureType.ACTION, (3,))}
+    config = make_config(
+        "vlm", image_fit="letterbox", empty_cameras=1, use_relative_actions=True, output_features=action,
+        action_feature_names=names,
+    )  # fmt: skip
+    text, default = str(make_card(config, {}, {})), str(make_card(make_config("vlm"), {}, {}))
+    for words, in_default in [
+        ("letterbox to 56×56 pixels", False),
+        ("squash to 56×56 pixels", True),
+        ("0.05); 1 may be missing, and is black then |\n| prompt |", False),
+        ("of the data set's relative actions (minus the state that is seen) → 0..1000", False),
+        ("| not relative | Gripper.pos |", False),
+        ("as uint8 images (H, W, 3) and the robot's state; `action`", False),
+        ("of the data set's actions → 0..1000", True),
+    ]:
+        assert (words in text, words in default) == (not in_default, in_default), words
+    config.relative_exclude_joints = []
+    assert "| not relative | none |" in str(make_card(config, {}, {}))
+    assert not [word for word in ("relative", "missing") if word in default.split("## How it was made")[1]]
 
 
 @pytest.mark.parametrize(

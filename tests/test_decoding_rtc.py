@@ -178,3 +178,14 @@ def test_lerobot_finds_that_it_is_supported(acting):
     from lerobot.rollout.inference.rtc import supports_rtc_inference
 
     assert supports_rtc_inference(acting[0])
+
+
+def test_lerobot_finds_that_averaged_chunks_cannot_be_continued(acting, caplog):
+    """Before it connects the robot; it then proposes --inference.type=sync."""
+    from lerobot.rollout.inference.rtc import supports_rtc_inference
+
+    policy, _ = acting
+    policy.config.ensemble_size = 8
+    with caplog.at_level(logging.WARNING):
+        assert not supports_rtc_inference(policy)
+    assert "ensemble_size=8 averages chunks" in caplog.text and "--policy.ensemble_size=1" in caplog.text

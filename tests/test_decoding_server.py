@@ -498,6 +498,14 @@ def test_real_time_chunking(learnt, fake):
         policy.predict_action_chunk(one, inference_delay=2, prev_chunk_left_over=left)
 
 
+def test_an_address_without_v1(learnt, fake, monkeypatch):
+    """Before the model's name is known, only the address can be wrong."""
+    monkeypatch.setattr(FakeServer, "do_GET", lambda self: self.reply(404, {"detail": "Not Found"}))
+    policy, batch = remote(learnt, fake.url)
+    with pytest.raises(ConnectionError, match="status 404: .*Not Found.*'[.] Does the URL end in /v1[?]$"):
+        policy.predict_action_chunk(batch)
+
+
 def test_model_name(learnt, fake):
     fake.models = ["a", "b"]
     policy, batch = remote(learnt, fake.url)

@@ -172,3 +172,22 @@ def test_too_many_integers(chunk_size, dim, tiny_vlm, policy):
     config = make_config(tiny_vlm, chunk_size=chunk_size, n_action_steps=1, output_features=action)
     with pytest.raises(ValueError, match=f"{chunk_size * dim} integers: there must be 1..8192"):
         ExampleMaker(config, policy.vlm_processor)
+
+
+@pytest.mark.parametrize(("joints", "refused"), [(6, True), (1, True), (7, False), (8, False), (9, False)])
+def test_a_robot_with_fewer_joints_than_the_action(joints, refused, policy):
+    """Trained on a state of 8 numbers, actions of 7. The state is not shown to this policy."""
+    batch = {**observation(make_batch(rows=2)), "observation.state": torch.zeros(2, joints)}
+    if refused:
+        message = f"the robot has {joints} joints .observation.state.*actions of 7 dimensions.*robot with 8"
+        with pytest.raises(ValueError, match=message):
+            policy.examples.check(batch)
+        with pytest.raises(ValueError, match=message):
+            policy.select_action(batch)
+    else:
+        policy.examples.check(batch)
+
+
+def test_a_state_that_never_had_the_actions_joints_says_nothing_of_the_robot(policy):
+    policy.config.input_features["observation.state"].shape = (5,)
+    policy.examples.check({**observation(make_batch(rows=1)), "observation.state": torch.zeros(1, 3)})

@@ -376,6 +376,34 @@ def test_equals_lerobots_environment(suite, task):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("suite", "mirror"), [("libero_object", False), ("libero_goal", True)])
+def test_shapes_outside_the_picture(suite, mirror):
+    """They are not drawn, and the picture is the same as with them; but all are while a mirror (the top of
+    libero_goal's stove) is in the picture, because it may show them."""
+    from lerobot_vla0.libero.env import LiberoEnv
+
+    env = LiberoEnv(suite, 2, image_size=128, assets=str(shared("libero-assets")))
+    try:
+        env.reset()
+        cameras, rng = env._cameras, np.random.default_rng(0)
+        model = cameras.sim.model._model
+        outside = cameras._outside
+        for _ in range(3):
+            env.step_chunk(rng.uniform(-1, 1, (4, 7)))
+            for name in ("agentview", "robot0_eye_in_hand"):
+                cameras._note(name, {})
+                picture, drawn = cameras.draw(name), cameras._scenes[name].ngeom
+                cameras._outside = lambda camera, name: np.zeros(model.ngeom, bool)
+                cameras._note(name, {})
+                assert np.array_equal(cameras.draw(name), picture)
+                assert (drawn < cameras._scenes[name].ngeom) == (not mirror or name != "agentview")
+                cameras._outside = outside
+        assert set(model.geom_group) == {0, 1}  # as before
+    finally:
+        env.close()
+
+
+@pytest.mark.slow
 def test_make_vec_and_thirty_cycles_leak_nothing():
     """Environments are made and closed again and again; no GL context and no file stays open."""
     import psutil

@@ -16,6 +16,7 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.policies.factory import make_policy, make_pre_post_processors
 from lerobot.policies.rtc.relative import reanchor_relative_rtc_prefix
 from lerobot.utils.collate import lerobot_collate_fn
+from test_decoding_server import remote, serving
 
 from lerobot_vla0 import Agent
 from lerobot_vla0.cli import main
@@ -162,6 +163,14 @@ def test_state_that_is_missing_is_named(missing, make_acting):
         policy.select_action(batch)
 
 
+def test_a_robot_with_fewer_joints_is_named(make_acting):
+    _, pre, _ = make_acting()
+    batch = observation(make_batch(rows=1))
+    batch[STATE] = batch[STATE][:, :5]
+    with pytest.raises(ValueError, match="the robot has 5 joints .* relative actions of 7 dimensions"):
+        pre(batch)
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -306,6 +315,29 @@ def test_an_agent_moves_from_where_the_robot_is(trained):
         agent.act({"pixels": pixels}, "wave")
 
 
+def test_a_server_gives_the_commands_of_the_local_policy(trained, arm):
+    """The server writes what the local policy writes; the robot moves while a chunk is executed."""
+    policy = VLA0Policy.from_pretrained(trained)
+    pre, post = make_pre_post_processors(policy.config, str(trained))
+    pixels = make_batch(rows=1)["observation.images.image"]
+    batches = [
+        {"observation.images.image": pixels, STATE: state_at(t, 1)[:, :7], "task": ["wave"]} for t in range(5)
+    ]
+    chunk = policy.predict_action_chunk(pre(dict(batches[0])))
+    with serving() as server:
+        server.behaviour = " ".join(str(int(value)) for value in chunk.flatten())
+        distant, _ = remote((trained, {}), server.url)
+        for t, batch in enumerate(batches):
+            inputs = pre(dict(batch))
+            command = post(distant.select_action(inputs))
+            if t < 4:  # n_action_steps; then the stand-in repeats itself
+                close(command, post(policy.select_action(inputs)))
+        again = post(distant.predict_action_chunk(inputs))
+        torch.testing.assert_close(command, again[:, 0], rtol=0, atol=1e-4)
+        assert len(server.requests) == 3
+    assert len(np.unique(chunk.numpy())) > 10
+
+
 @pytest.mark.parametrize(
     ("override", "value"), [("use_relative_actions", False), ("relative_exclude_joints", ["joint_0"])]
 )
@@ -392,3 +424,25 @@ def test_both_trainers_and_evaluation(arm, tiny_vlm, process_env, tmp_path):
         assert agent.postprocess.steps[2].relative_step is agent.preprocess.steps[3]
         low, high = (agent.postprocess.steps[1].stats["action"][name] for name in ("min", "max"))
         assert (torch.as_tensor(high) - torch.as_tensor(low))[:6].max() < 20
+
+
+@pytest.mark.slow
+def test_lerobot_eval_here_and_with_a_server(tiny_vlm, process_env, tmp_path):
+    """In LIBERO's environment, whose state begins with the hand's place: the numbers mean nothing, but pass
+    through the script. Without and with a server that writes the middle of the range, 0 to the state."""
+    policy = VLA0Policy(relative_config(tiny_vlm, size=256, chunk_size=2, n_action_steps=2)).eval()
+    randomise(policy)
+    for part in (policy, *make_vla0_pre_post_processors(policy.config, make_stats())):
+        part.save_pretrained(tmp_path / "checkpoint")
+    with serving() as server:
+        server.behaviour = " ".join(["500"] * 14)
+        for name, options in {"here": [], "there": [f"--policy.server={server.url}"]}.items():
+            run_script(
+                "lerobot-eval", f"--policy.path={tmp_path / 'checkpoint'}", "--policy.device=cpu", *options,
+                "--env.type=vla0_libero", "--env.task=libero_object", "--env.task_ids=[7]",
+                "--env.assets=primitive", "--env.episode_length=3", "--eval.batch_size=1",
+                "--eval.n_episodes=1", f"--output_dir={tmp_path / name}", env=process_env,
+            )  # fmt: skip
+            info = json.loads((tmp_path / name / "eval_info.json").read_text())
+            assert info["overall"]["n_episodes"] == 1
+        assert len(server.requests) == 2  # three steps, two of a chunk

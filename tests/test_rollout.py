@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_robot_checkpoint, run_script
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.policies.rtc import ActionQueue
 from lerobot.policies.rtc.configuration_rtc import RTCConfig
 from lerobot_robot_mock import CAMERAS, JOINTS
@@ -68,7 +69,8 @@ def rollout(robot_checkpoint, tmp_path, robot_env):
             env=robot_env,
             check=check,
         )
-        return result, np.array([json.loads(line) for line in log.read_text().splitlines()])
+        lines = log.read_text().splitlines() if log.exists() else []  # the robot makes the file
+        return result, np.array([json.loads(line) for line in lines])
 
     return run
 
@@ -142,3 +144,66 @@ def test_what_a_rollout_records_can_be_trained_on(rollout, tiny_vlm, robot_env, 
         env=robot_env,
     )
     assert (tmp_path / "train/checkpoints/000001/pretrained_model/model.safetensors").is_file(), result.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("inference", ["sync", "rtc"])
+def test_a_robot_with_fewer_joints_is_refused_at_its_first_observation(inference, rollout):
+    """LeRobot would send it the first five numbers of each action."""
+    result, rows = rollout(
+        f"--inference.type={inference}", "--robot.joints=5", "--fps=2", "--duration=60", check=False
+    )
+    assert "the robot has 5 joints (observation.state), and the policy writes actions of 6" in result.stdout
+    assert len(rows) == 0
+    assert result.returncode != 0 or inference == "rtc"  # whose thread ends the script by itself
+
+
+@pytest.mark.slow
+def test_rtc_on_averaged_chunks_is_refused_before_the_robot_is_connected(rollout, tmp_path):
+    options = [
+        "--policy.ensemble_size=4",
+        "--policy.n_action_steps=1",
+        "--inference.type=rtc",
+        "--duration=5",
+    ]
+    result, _ = rollout(*options, check=False)
+    assert result.returncode != 0 and "ensemble_size=4 averages chunks" in result.stdout
+    assert "Use '--inference.type=sync' instead" in result.stdout and not (tmp_path / "robot.jsonl").exists()
+
+
+@pytest.mark.slow
+def test_a_robot_with_a_camera_less_is_trained_for_and_driven(rollout, tiny_vlm, robot_env, tmp_path):
+    """A checkpoint with two cameras, trained on with data of one, then on a robot with one."""
+    names = [f"{joint}.pos" for joint in JOINTS]
+    image = {"dtype": "image", "shape": (480, 640, 3), "names": ["height", "width", "channels"]}
+    joints = {"dtype": "float32", "shape": (6,), "names": names}
+    features = {"observation.images.front": image, "observation.state": joints, "action": joints}
+    data = LeRobotDataset.create(
+        "local/one", fps=10, features=features, root=tmp_path / "data", use_videos=False
+    )
+    random = np.random.default_rng(0)
+    for _ in range(20):
+        frame = {key: random.uniform(-90, 90, 6).astype(np.float32) for key in list(features)[1:]}
+        frame["observation.images.front"] = random.integers(0, 256, (480, 640, 3), dtype=np.uint8)
+        data.add_frame(frame | {"task": TASK})
+    data.save_episode()
+    data.finalize()
+    base = make_robot_checkpoint(tiny_vlm, tmp_path / "base", empty_cameras=1)
+    log = run_script(
+        "lerobot-train",
+        f"--policy.path={base}",
+        "--policy.push_to_hub=false",
+        "--dataset.repo_id=local/one",
+        f"--dataset.root={tmp_path / 'data'}",
+        "--batch_size=2",
+        "--steps=2",
+        "--log_freq=1",
+        "--num_workers=0",
+        f"--output_dir={tmp_path / 'train'}",
+        env=robot_env,
+    ).stdout
+    black = "the cameras ['observation.images.wrist'] are not there: the model sees black pictures"
+    assert black in log
+    trained = tmp_path / "train/checkpoints/last/pretrained_model"
+    result, rows = rollout("--robot.keys=[front]", "--fps=2", "--duration=6", path=trained)
+    assert black in result.stdout and len(rows) >= 4 and rows.shape[1] == 1 + len(JOINTS)

@@ -57,7 +57,7 @@ action = agent.act(observation, "pick up the milk and place it in the basket")  
 ```
 
 `observation` holds `{{ config.camera_keys | join("`, `") }}` as uint8 images (H, W, 3)\
-{{ " and the robot's state" if config.use_state }}; `action` is in the robot's units.
+{{ " and the robot's state" if config.needs_state }}; `action` is in the robot's units.
 With LeRobot's scripts: `--policy.path={{ path }}`.
 
 """
@@ -75,15 +75,18 @@ MADE = """\
 crop {{ config.crop_ratio }} (random in training), \
 {{ config.image_fit }} to {{ config.image_size }}×{{ config.image_size }} pixels, \
 {{ "side by side in one picture" if config.tile_images else "one picture each" }}; \
-colour jitter {{ config.jitter }} |
+colour jitter {{ config.jitter }}\
+{{ "; %d may be missing, and is black then" % config.empty_cameras if config.empty_cameras }} |
 | prompt | {{ 'with' if config.add_vision_id else 'without' }} "Picture 1: " before the picture \
 (`add_vision_id={{ config.add_vision_id | lower }}`) |
 | masked action augmentation | up to {{ config.action_mask_prob }} of the characters; \
 {{ config.action_mask_skip_prob }} of the examples without |
 | action normalisation | {{ normalisation }} of \
-{{ "each instruction's" if config.action_norm == "task" else "the data set's" }} actions \
+{{ "each instruction's" if config.action_norm == "task" else "the data set's" }} \
+{{ "relative actions (minus the state that is seen)" if config.use_relative_actions else "actions" }} \
 → 0..{{ config.num_bins }} |
-{% for name, values in action_range.items() %}| action {{ name }} | {{ values }} |
+{% if config.use_relative_actions %}| not relative | {{ absolute | join(", ") or "none" }} |
+{% endif %}{% for name, values in action_range.items() %}| action {{ name }} | {{ values }} |
 {% endfor %}
 {{ evaluation }}
 """
@@ -91,8 +94,7 @@ colour jitter {{ config.jitter }} |
 
 @dataclass(kw_only=True)
 class CardConfig(PolicyOptions):
-    """`--policy.path=` names the checkpoint folder that the card describes. If there is a README.md already,
-    only its evaluation section is changed."""
+    """`--policy.path=` names the checkpoint folder. Of a README.md in it only the evaluation is changed."""
 
     # Results folder of `lerobot-vla0 eval`.
     results: Path | None = None
@@ -187,6 +189,7 @@ def make_card(
     found = (names for pattern, names in LICENCES.items() if re.fullmatch(pattern, str(config.vlm)))
     licence, name = next(found, (None, ""))
     terms = f"the {name}, which binds what is trained from it" if licence else "the licence that it names"
+    excluded = [name.lower() for name in config.relative_exclude_joints if name]
     context = {
         "model_name": config.type,
         "license": f"The base model {_shown(config.vlm)} is under {terms}."
@@ -229,6 +232,7 @@ def make_card(
         trained_from=_shown(config.pretrained_path) if _is_repo(config.pretrained_path) else None,
         data_set=_shown(data_set, "datasets/") if data_set and dataset_meta is None else None,
         peft=training.get("peft") if config.use_peft else None,
+        absolute=[n for n in config.action_feature_names or () if any(x in n.lower() for x in excluded)],
         normalisation=NORMALISATION[config.normalization_mapping["ACTION"]],
         action_range={key: [round(float(v), 4) for v in values] for key, values in action_range.items()},
         evaluation=results or NO_EVALUATION,
@@ -282,13 +286,9 @@ def _evaluation(settings: dict[str, Any], episodes: list[dict[str, Any]], folder
     lines = [BEGIN, "## Evaluation", ""]
     if settings["stand_in_assets"]:
         lines += ["**Measured on stand-in assets: these are not LIBERO scores.**", ""]
-    lines += [
-        "| suite | tasks | success | 95 % interval | mean steps of successes |",
-        "|---|---|---|---|---|",
-    ]
-    lines += [
-        table_row(s, str(len({e["task_id"] for e in rows})), rows) for s, rows in sorted(suites.items())
-    ]
+    lines += ["| suite | tasks | success | 95 % interval | mean steps of successes |", "|---" * 5 + "|"]
+    for suite, rows in sorted(suites.items()):
+        lines.append(table_row(suite, str(len({e["task_id"] for e in rows})), rows))
     if len(suites) > 1:
         lines.append(table_row("**all**", "", episodes))
     policy = settings["policy"]

@@ -36,6 +36,25 @@ class LeftOver:
         return [row[: min(count, longest)] for row, count in rows]
 
 
+def averaged_chunks(config: VLA0Config) -> str | None:
+    """Why the chunks of a policy cannot be continued; None if they can."""
+    if config.ensemble_size == 1:
+        return None
+    return (
+        f"ensemble_size={config.ensemble_size} averages chunks, and real-time chunking continues them. Set "
+        "--policy.ensemble_size=1."
+    )
+
+
+def warn_of_averaged_chunks(config: VLA0Config) -> bool:
+    """Whether there is a reason not to continue chunks. It is logged: LeRobot only says that this kind of
+    policy cannot."""
+    problem = averaged_chunks(config)
+    if problem:
+        logging.warning(problem)
+    return problem is not None
+
+
 def read_left_over(
     observation: Observation,
     config: VLA0Config,
@@ -56,11 +75,8 @@ def read_left_over(
     Raises:
         ValueError: another shape, numbers that are not finite, a negative delay, or an ensembling policy.
     """
-    if config.ensemble_size > 1:
-        raise ValueError(
-            f"ensemble_size={config.ensemble_size} averages chunks, and real-time chunking continues them. "
-            "Set --policy.ensemble_size=1."
-        )
+    if problem := averaged_chunks(config):
+        raise ValueError(problem)
     delay, chunk_size = int(inference_delay or 0), config.chunk_size
     if delay < 0 or delay != (inference_delay or 0):
         raise ValueError(f"inference_delay={inference_delay!r} must be an integer of at least 0 timesteps.")

@@ -33,7 +33,7 @@ from .rtc import LeftOver
 
 ATTEMPTS = 3  # at a request, until it is answered
 BACKOFF_S = 0.5  # before the second attempt; doubled before each further one
-STARTUP_S = 300.0  # for which a server that refuses connections is taken to be starting; vLLM needs minutes
+STARTUP_S = 600.0  # for which a server that refuses connections is taken to be starting; vLLM needs minutes
 STARTUP_RETRY_S = 1.0
 MAX_CONNECTIONS = 32
 MAX_ANSWER = 2**20  # bytes of an answer; the longest chunk has about 60,000 characters
@@ -270,10 +270,10 @@ class ServerDecoder:
 
     def _json(self, answer: Answer) -> Any:
         if not 200 <= answer.status < 300:
+            named = f" Is --policy.server_model={self.model} its name for the model, and does"
             hints = {
                 401: f" Its key: environment variable {API_KEY}.",
-                404: f" Is --policy.server_model={self.model} its name for the model, and does the URL end "
-                "in /v1?",
+                404: f"{named if self.model else ' Does'} the URL end in /v1?",
             }
             raise ConnectionError(
                 f"server={self.url} refused the request with status {answer.status}: {answer.shown}."

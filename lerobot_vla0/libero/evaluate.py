@@ -4,12 +4,15 @@
 seed 7 (arXiv 2510.13054, section 4.1; its evaluation code).
 """
 
+import math
 import re
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from ..agent import Agent
@@ -42,8 +45,10 @@ class EvalConfig(PolicyOptions):
     # Environments, each in a process of its own. All that wait for actions are given them in one batch.
     batch_size: int = 1
     # "3/10" runs the third of ten parts; the same command with another K and the same folder, on any machine,
-    # runs another part.
-    shard: str = "1/1"
+    # runs another part. None: all, or what is due to this process of torchrun, accelerate launch or srun.
+    shard: str | None = None
+    # With several processes: seconds until one that neither acts nor ends an episode counts as lost.
+    rank_timeout: float = 900.0
     # Videos to make, by playing an episode again with rendering on: of failures, all or none.
     videos: str = "failures"
     # LIBERO's assets: auto, real, primitive, or a folder.
@@ -63,8 +68,11 @@ class EvalConfig(PolicyOptions):
         for suite in suites:
             check_task_ids(suite, self.tasks)
         check_settings(self.image_size, self.max_episode_steps)
-        if not re.fullmatch(r"[1-9]\d*/[1-9]\d*", self.shard) or self.part > self.parts:
+        given = self.shard is not None
+        if given and (not re.fullmatch(r"[1-9]\d*/[1-9]\d*", self.shard) or self.part > self.parts):
             raise ValueError(f"shard={self.shard!r} must be K/N with 1 <= K <= N, for example 3/10.")
+        if not 0 < self.rank_timeout < math.inf:
+            raise ValueError(f"rank_timeout={self.rank_timeout} must be above 0 seconds and finite.")
         if self.videos not in ("failures", "all", "none"):
             raise ValueError(f"videos={self.videos!r} must be failures, all or none.")
         last_start = NUM_INIT_STATES - self.episodes
@@ -81,11 +89,11 @@ class EvalConfig(PolicyOptions):
 
     @property
     def part(self) -> int:
-        return int(self.shard.split("/")[0])
+        return int((self.shard or "1/1").split("/")[0])
 
     @property
     def parts(self) -> int:
-        return int(self.shard.split("/")[1])
+        return int((self.shard or "1/1").split("/")[1])
 
     def video_of(self, result: Result) -> Path | None:
         """The video file to make of an episode."""
@@ -111,8 +119,22 @@ class EvalConfig(PolicyOptions):
 
 
 def evaluate(config: EvalConfig) -> Path:
-    """Runs the episodes that are not in the results folder yet, writes the report and returns its path.
-    Creates nothing before the first episode has ended.
+    """Runs the episodes that are not in the results folder yet, writes the report and returns its path, in
+    one process (`ranks.evaluate` shares them out). Creates nothing before the first episode has ended.
+
+    Raises:
+        ValueError, OSError, RuntimeError: see `run_episodes`.
+    """
+    run_episodes(config)
+    return report(config)
+
+
+def run_episodes(config: EvalConfig, beat: Callable[[], None] = lambda: None) -> None:
+    """Runs the episodes of `config.shard` that are not in the results folder yet.
+
+    Args:
+        beat: called when the folder and the settings have been checked, when the policy is loaded, and each
+            time that it is asked for actions.
 
     Raises:
         ValueError: no policy, one whose actions or cameras LIBERO does not have, or a results folder with
@@ -137,11 +159,13 @@ def evaluate(config: EvalConfig) -> Path:
         "episodes_in_all": len(config.jobs(1, 1)),
     }
     check_folder(out, settings)
+    beat()
     done, jobs = read_episodes(out), config.jobs(config.part, config.parts)
     finished = [done[job[:3]] for job in jobs if job[:3] in done]
     left = [job for job in jobs if job[:3] not in done]
     if left:
         agent = _load_agent(config)
+        beat()
         pool = EnvironmentPool(
             min(config.batch_size, len(left)),
             image_size=config.image_size,
@@ -152,22 +176,35 @@ def evaluate(config: EvalConfig) -> Path:
         def begin(job: Job) -> Any:
             return agent.policy.decoder.new_episodes(config.batch_size)[0]
 
+        def act(*looks: Any) -> np.ndarray:
+            beat()
+            return agent.act_chunk(*looks)
+
+        name = "Evaluating" if config.parts == 1 else f"Evaluating {config.part}/{config.parts}"
         with (
             closing(pool),
-            tqdm(total=len(jobs), initial=len(finished), desc="Evaluating", unit="episode") as progress,
+            tqdm(total=len(jobs), initial=len(finished), desc=name, unit="episode") as progress,
         ):
-            for result in pool.play(left, begin, agent.act_chunk, config.video_of):
+            for result in pool.play(left, begin, act, config.video_of):
                 finished.append(row_of(result))
-                save_episode(out, config.shard, settings, finished[-1])
+                save_episode(out, f"{config.part}/{config.parts}", settings, finished[-1])
                 rate = 100 * sum(row["success"] for row in finished) / len(finished)
                 progress.update()
                 progress.set_postfix(success=f"{rate:.1f} %", task=f"{result.job.suite} {result.job.task_id}")
-    report = write_report(out)
-    print(report.read_text().split("## Settings")[0])
+
+
+def report(config: EvalConfig) -> Path:
+    """Writes and prints the report of all episodes in the results folder, and returns its path.
+
+    Raises:
+        ValueError: there is none.
+    """
+    file = write_report(Path(config.out))
+    print(file.read_text().split("## Settings")[0])
     if config.compare is not None:
-        print(compare(out, config.compare))
-    print(f"Wrote {report}")
-    return report
+        print(compare(config.out, config.compare))
+    print(f"Wrote {file}")
+    return file
 
 
 def row_of(result: Result) -> dict[str, Any]:
