@@ -13,7 +13,7 @@ DEMO := outputs/demo
 VLLM := .venv-vllm
 DEMO_POLICY := $(DEMO)/train/checkpoints/last/pretrained_model
 DEMO_EVAL = $(RUN) lerobot-vla0 eval --policy.path=$(DEMO_POLICY) --suites=libero_object \
-	--tasks=[2] --episodes=10 --batch_size=2 --image_size=112 --assets=primitive --videos=all
+	--tasks=[2] --episodes=10 --batch_size=2 --image_size=112 --assets=primitive
 # LIBERO keeps absolute paths of its package in a config file: one per environment, not one per user.
 export LIBERO_CONFIG_PATH ?= $(CURDIR)/.venv/libero
 export UV
@@ -36,7 +36,7 @@ demo: setup render
 	@echo "on initial states it has never seen:"; grep pick $(DEMO)/eval_held_out/report.md
 	@echo "checkpoint  $(DEMO_POLICY)"
 	@echo "loss curve  $(DEMO)/loss.png"
-	@echo "videos      $(DEMO)/eval_seen/videos/ $(DEMO)/eval_held_out/videos/"
+	@echo "failures    $(DEMO)/eval_seen/videos/ $(DEMO)/eval_held_out/videos/ (if there were any)"
 	@echo "a rollout   $(DEMO)/rollout.png"
 
 test: setup render

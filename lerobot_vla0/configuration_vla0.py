@@ -148,6 +148,9 @@ class VLA0Config(PreTrainedConfig):
     relative_exclude_joints: Names = field(default_factory=lambda: ["gripper"])
     # Names of the action's dimensions; taken from the data set in training.
     action_feature_names: Names | None = None
+    # Instruction where the observation's is blank, as LeRobot's PushT has it: a task of the training data.
+    # Training takes it from a data set that has only one.
+    default_task: str | None = None
     # Append the robot's state to the instruction, as integers 0..num_bins. The paper gives the model none.
     use_state: bool = False
     # Observations shown to the model; only 1 is allowed. Source: NVlabs, history.

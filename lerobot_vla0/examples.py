@@ -59,6 +59,27 @@ class Observation:
         )
 
 
+def _instructions(task: Any, rows: int, default: str | None) -> tuple[list[str], bool]:
+    """(one instruction per row, whether one of them is the default)."""
+    if task is None and default is None:
+        raise ValueError(
+            "the batch has no 'task': VLA-0 needs one instruction per row. Use a data set whose "
+            "episodes have tasks, or add batch['task'] = [instruction, ...]."
+        )
+    tasks = [""] * rows if task is None else [task] if isinstance(task, str) else list(task)
+    if not all(isinstance(task, str) for task in tasks):
+        raise ValueError(f"'task' must be one instruction per row, each a string, got {tasks[:3]}.")
+    if len(tasks) != rows:
+        raise ValueError(f"the batch has {rows} images but {len(tasks)} tasks: {tasks[:3]}.")
+    is_blank = [not task.strip() for task in tasks]
+    if any(is_blank) and default is None:
+        raise ValueError(
+            "an instruction is blank (LeRobot's PushT gives none, for example), and the policy has no "
+            "default. Give it the one of the training data: --policy.default_task='...'"
+        )
+    return [default if b else task for task, b in zip(tasks, is_blank, strict=True)], any(is_blank)
+
+
 class ExampleMaker:
     """Pictures and chat of a batch, as the policy's config wants them.
 
@@ -117,6 +138,7 @@ class ExampleMaker:
         )
         self.codec = ActionCodec(config.num_bins)
         self._missing: list[str] = []  # cameras of the last warning
+        self._is_default_shown = False
         self._trained_on: set[str] = set()  # cameras whose first batch has been checked
 
     def check(self, batch: dict[str, Any]) -> Observation:
@@ -145,17 +167,11 @@ class ExampleMaker:
                 f"(empty_cameras={config.empty_cameras})."
             )
         black = {key: torch.zeros_like(batch[keys[0]]) for key in missing}
-        if batch.get("task") is None:
-            raise ValueError(
-                "the batch has no 'task': VLA-0 needs one instruction per row. Use a data set whose "
-                "episodes have tasks, or add batch['task'] = [instruction, ...]."
-            )
-        rows = len(batch[keys[0]])
-        tasks = [batch["task"]] if isinstance(batch["task"], str) else list(batch["task"])
-        if not all(isinstance(task, str) for task in tasks):
-            raise ValueError(f"'task' must be one instruction per row, each a string, got {tasks[:3]}.")
-        if len(tasks) != rows:
-            raise ValueError(f"the batch has {rows} images but {len(tasks)} tasks: {tasks[:3]}.")
+        tasks, is_default = _instructions(batch.get("task"), len(batch[keys[0]]), config.default_task)
+        if is_default and not self._is_default_shown:
+            self._is_default_shown = True
+            shown = config.default_task
+            logging.info(f"the observations have no instruction: the model sees default_task={shown!r}.")
         if config.use_state and OBS_STATE not in batch:
             raise ValueError(
                 f"the batch has no {OBS_STATE!r}, which use_state=True puts into the prompt; it has "
@@ -166,6 +182,7 @@ class ExampleMaker:
         state = batch[OBS_STATE] if config.use_state else None
         if isinstance(state, Tensor) and tuple(config.robot_state_feature.shape) == (1,):
             state = state.reshape(-1, 1)  # LeRobot's data have (B,), which its preprocessor takes for one row
+        rows = len(tasks)
         if config.use_state and (not isinstance(state, Tensor) or state.ndim != 2 or len(state) != rows):
             raise ValueError(
                 f"{OBS_STATE} must be a float tensor ({rows}, S), got {type(state).__name__} of shape "
@@ -205,10 +222,13 @@ class ExampleMaker:
         height, width = images.shape[-2:]
         (h, w), (to_h, to_w) = self._fitted(images)
         if (h < to_h or w < to_w) and not self.rule.fixed:
+            side = max(h, w) if config.image_fit == "letterbox" else min(h, w)
+            fits = side // self.rule.multiple * self.rule.multiple
             raise ValueError(
                 f"{key} is {height}×{width} pixels, {h}×{w} after the crop (crop_ratio={config.crop_ratio}, "
                 f"image_fit={config.image_fit}): smaller than the {to_h}×{to_w} of image_size="
-                f"{config.image_size}, it would have to be enlarged. Lower image_size, or raise crop_ratio."
+                f"{config.image_size}, it would have to be enlarged. Lower image_size"
+                f"{f' to {fits}' if fits else ''}, or raise crop_ratio."
             )
 
     def _fitted(self, images: Tensor) -> tuple[tuple[int, int], tuple[int, int]]:

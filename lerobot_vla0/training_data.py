@@ -50,9 +50,10 @@ def read_metadata(repo_id: str, root: Path | str | None, **hub: Any) -> LeRobotD
 
 
 def prepare_data(config: VLA0Config, meta: Any) -> None:
-    """Takes the data set's shapes into `config`, and checks its tasks, actions, states and statistics. With
-    `action_norm="task"`, adds the statistics of each task to `meta.stats`, which the processors get; with
-    `use_relative_actions`, those of the action become those of relative ones.
+    """Takes the data set's shapes, and its task if there is one only, into `config`, and checks its tasks,
+    actions, states and statistics. With `action_norm="task"`, adds the statistics of each task to
+    `meta.stats`, which the processors get; with `use_relative_actions`, those of the action become those of
+    relative ones.
 
     Args:
         meta: a `LeRobotDatasetMetadata`.
@@ -65,6 +66,7 @@ def prepare_data(config: VLA0Config, meta: Any) -> None:
     config.validate_features()
     _take_names(config, meta.features.get(ACTION, {}).get("names"))
     _check_tasks(meta)
+    _take_default_task(config, _tasks(meta))
     files = frame_files(meta)
     if not files:
         logging.info(f"{meta.root} holds no frames (streamed data): they are not checked before training.")
@@ -97,8 +99,26 @@ def _take_names(config: VLA0Config, names: Any) -> None:
     config.action_feature_names = next(given, None)
 
 
+def _take_default_task(config: VLA0Config, tasks: list[str]) -> None:
+    """The only task, or the one of several that the user chose. Another one is a mistake or comes from the
+    checkpoint that is fine-tuned: the policy has not learned it."""
+    if config.default_task in tasks:
+        return
+    taken = tasks[0] if len(tasks) == 1 else None
+    if config.default_task is not None:
+        logging.warning(
+            f"default_task={config.default_task!r} is not a task of the data set ({tasks[:3]}): it becomes "
+            f"{taken!r}."
+        )
+    config.default_task = taken
+
+
+def _tasks(meta: Any) -> list[str]:
+    return [] if meta.tasks is None else list(meta.tasks.index)
+
+
 def _check_tasks(meta: Any) -> None:
-    tasks = [] if meta.tasks is None else list(meta.tasks.index)
+    tasks = _tasks(meta)
     if not tasks:
         raise ValueError(
             f"the data set {meta.root} has no tasks: VLA-0 needs an instruction per episode. Add them: "

@@ -90,6 +90,34 @@ def test_training_says_once_what_becomes_of_each_camera(tiny_vlm, policy, caplog
     )
 
 
+@pytest.mark.parametrize("task", [None, "", " ", ["", ""]])
+def test_default_task_is_shown_where_the_instruction_is_blank(task, tiny_vlm, policy, caplog):
+    caplog.set_level("INFO")
+    examples = ExampleMaker(make_config(tiny_vlm, default_task="push the T"), policy.vlm_processor)
+    rows = 2 if isinstance(task, list) else 1
+    batch = {**observation(make_batch(rows=rows)), "task": task}
+    for _ in range(2):
+        assert examples.check(batch).tasks == ["push the T"] * rows
+    assert caplog.text.count("the model sees default_task='push the T'") == 1
+    with pytest.raises(ValueError, match="no 'task'" if task is None else "blank.*--policy.default_task="):
+        policy.examples.check(batch)
+
+
+def test_default_task_replaces_blank_rows_only(tiny_vlm, policy):
+    examples = ExampleMaker(make_config(tiny_vlm, default_task="push the T"), policy.vlm_processor)
+    batch = {**observation(make_batch(rows=3)), "task": ["lift", "", "pull"]}
+    assert examples.check(batch).tasks == ["lift", "push the T", "pull"]
+
+
+def test_too_small_a_camera_is_told_the_size_that_fits(tiny_vlm, policy):
+    """PushT's pictures and the default size."""
+    examples = ExampleMaker(make_config(tiny_vlm, image_size=224), policy.vlm_processor)
+    batch = observation(make_batch(rows=1, size=96))
+    with pytest.raises(ValueError, match="96×96 pixels, 84×84 after .* Lower image_size to 84, or raise"):
+        examples.check(batch)
+    ExampleMaker(make_config(tiny_vlm, image_size=84), policy.vlm_processor).check(batch)
+
+
 @pytest.mark.parametrize("value", [float("nan"), 255.0])
 def test_training_looks_at_the_first_pictures_of_each_camera(value, tiny_vlm, policy):
     examples = ExampleMaker(make_config(tiny_vlm), policy.vlm_processor)

@@ -16,7 +16,7 @@ from lerobot_vla0.libero import VLA0LiberoEnv
 
 PACKAGE = ROOT / "lerobot_vla0"
 README = ROOT / "README.md"
-READMES = [README, *sorted(PACKAGE.glob("*/README.md"))]
+READMES = [README, *sorted(PACKAGE.glob("*/README.md")), *sorted((ROOT / "configs").glob("**/README.md"))]
 WORDS = 1200
 CODE_BLOCK = re.compile(r"^```.*?\n(.*?)^```", re.DOTALL | re.MULTILINE)
 every_readme = pytest.mark.parametrize("file", READMES, ids=lambda file: str(file.relative_to(ROOT)))

@@ -298,3 +298,21 @@ def test_lerobot_resumes_the_order_of_frames_in_the_first_epoch_only():
     whole = batches(0)
     assert batches(4) == whole[4:]
     assert batches(8) != whole[8:]
+
+
+@pytest.mark.parametrize("tasks", [1, 2])
+def test_the_only_task_becomes_the_default(tasks, root, tiny_vlm, caplog):
+    """Fine-tuning replaces that of an earlier training, also by none; a task of the data may be chosen."""
+    if tasks == 1:
+        change_tasks(root, lambda task: "open the drawer")
+    config = make_config(tiny_vlm, default_task="an earlier one")
+    meta = meta_of(root)
+    if tasks == 1:
+        meta.tasks = meta.tasks.iloc[:1]
+    prepare_data(config, meta)
+    assert config.default_task == ("open the drawer" if tasks == 1 else None)
+    assert "default_task='an earlier one' is not a task of the data set" in caplog.text
+    caplog.clear()
+    config.default_task = list(meta.tasks.index)[-1]
+    prepare_data(config, meta)
+    assert config.default_task == list(meta.tasks.index)[-1] and not caplog.text
