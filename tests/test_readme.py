@@ -91,7 +91,8 @@ def test_table_of_commands_is_complete():
 @every_readme
 @pytest.mark.parametrize(("option", "config"), [("policy", VLA0Config), ("env", VLA0LiberoEnv)])
 def test_settings_exist(file, option, config):
-    known = {field.name for field in dataclasses.fields(config)} | {"path", "type"}  # LeRobot's parser's own
+    parsers_own = {"path", "type", "discover_packages_path"}  # of LeRobot's parser
+    known = {field.name for field in dataclasses.fields(config)} | parsers_own
     assert set(re.findall(rf"--{option}\.(\w+)", file.read_text())) <= known
 
 
