@@ -38,7 +38,7 @@ def check_robot(config: VLA0Config, features: dict[str, Any]) -> None:
     """Raises ValueError if the features of a robot, as LeRobot's client sends them, do not fit the policy."""
     robot = {key for key in features if key.startswith(OBS_IMAGES)}
     missing, unknown = set(config.camera_keys) - robot, robot - set(config.image_features)
-    if unknown or len(missing) > min(config.empty_cameras, len(config.camera_keys) - 1):
+    if unknown or len(missing) > config.most_missing_cameras:
         raise ValueError(
             f"the robot has the cameras {sorted(robot)}, and the policy was trained with "
             f"{sorted(config.image_features)}. Name the robot's cameras (--robot.cameras) as the policy's."

@@ -269,6 +269,11 @@ class VLA0Config(PreTrainedConfig):
         return list(self.cameras or self.image_features)
 
     @property
+    def most_missing_cameras(self) -> int:
+        """How many cameras an observation may lack."""
+        return min(self.empty_cameras, len(self.camera_keys) - 1)
+
+    @property
     def needs_state(self) -> bool:
         return self.use_state or self.use_relative_actions
 

@@ -150,7 +150,7 @@ class ExampleMaker:
         """
         config, keys = self.config, self.config.camera_keys
         missing = [key for key in keys if key not in batch]
-        if len(missing) > min(config.empty_cameras, len(keys) - 1):
+        if len(missing) > config.most_missing_cameras:
             present = sorted(key for key in batch if key.startswith("observation.image"))
             raise ValueError(
                 f"the batch lacks the camera images {missing}; it has {present}. Rename cameras with "

@@ -225,6 +225,35 @@ def run_script(name: str, *arguments: str, env: dict[str, str], timeout: int = 6
     return result
 
 
+def train_recipe(name: str, data: Path, vlm: Path, out: Path, env: dict[str, str]) -> Path:
+    """Five steps of `lerobot-train` with configs/`name`.yaml; the checkpoint."""
+    run_script(
+        "lerobot-train", f"--config_path={ROOT}/configs/{name}.yaml", f"--dataset.root={data}",
+        f"--policy.vlm={vlm}", "--batch_size=2", "--steps=5", "--save_freq=5", f"--output_dir={out}",
+        env=env,
+    )  # fmt: skip
+    return out / "checkpoints/last/pretrained_model"
+
+
+def record_gym(data: Path, *arguments: str, env: dict[str, str]) -> dict:
+    """Two episodes of a scripted expert, cut short; the data set's `info.json`."""
+    command = ["-m", "lerobot_vla0.demo.record_gym", f"--out={data}", "--episodes=2", "--keep_failures=true"]
+    run_script("python", *command, *arguments, env=env)
+    return json.loads((data / "meta/info.json").read_text())
+
+
+def eval_with_a_server(policy: Path, url: str, length: int, out: Path, env: dict[str, str]) -> None:
+    """`lerobot-eval` in LIBERO: two episodes of `length` steps at once, with the VLM at `url`."""
+    run_script(
+        "lerobot-eval", f"--policy.path={policy}", f"--policy.server={url}", "--policy.device=cpu",
+        "--env.type=vla0_libero", "--env.task=libero_object", "--env.task_ids=[7]", "--env.assets=primitive",
+        f"--env.episode_length={length}", "--eval.batch_size=2", "--eval.n_episodes=2",
+        f"--output_dir={out}",
+        env=env,
+    )  # fmt: skip
+    assert json.loads((out / "eval_info.json").read_text())["overall"]["n_episodes"] == 2
+
+
 # One of libero_object, one of libero_goal.
 TINY_TASKS = ["pick up the milk and place it in the basket", "open the middle drawer of the cabinet"]
 

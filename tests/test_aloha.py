@@ -4,7 +4,7 @@ import json
 import os
 
 import pytest
-from conftest import ROOT, run_script
+from conftest import record_gym, run_script, train_recipe
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("gym_aloha")
@@ -13,20 +13,10 @@ pytest.importorskip("gym_aloha")
 def test_record_train_evaluate(tiny_vlm, process_env, tmp_path):
     data, run, out = tmp_path / "data", tmp_path / "run", tmp_path / "eval"
     env = {**process_env, "MUJOCO_GL": os.environ.get("MUJOCO_GL", "egl")}
-    run_script(
-        "python", "-m", "lerobot_vla0.demo.record_gym", f"--out={data}", "--env=aloha", "--episodes=2",
-        "--max_steps=10", "--keep_failures=true",
-        env=env,
-    )  # fmt: skip
-    info = json.loads((data / "meta/info.json").read_text())
+    info = record_gym(data, "--env=aloha", "--max_steps=10", env=env)
     assert (info["fps"], info["total_episodes"], info["total_frames"]) == (50, 2, 20)
     assert info["features"]["observation.images.top"]["shape"] == [480, 640, 3]
-    run_script(
-        "lerobot-train", f"--config_path={ROOT}/configs/aloha_cpu.yaml", f"--dataset.root={data}",
-        f"--policy.vlm={tiny_vlm}", "--batch_size=2", "--steps=5", "--save_freq=5", f"--output_dir={run}",
-        env=env,
-    )  # fmt: skip
-    checkpoint = run / "checkpoints/last/pretrained_model"
+    checkpoint = train_recipe("aloha_cpu", data, tiny_vlm, run, env)
     config = json.loads((checkpoint / "config.json").read_text())
     assert config["action_feature_names"][13] == "right_gripper"
     assert config["default_task"] == "transfer_cube"

@@ -23,7 +23,7 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
-from conftest import make_config, observation, run_script
+from conftest import eval_with_a_server, make_config, observation
 from lerobot.configs import PreTrainedConfig
 from torchvision.io import decode_png
 
@@ -547,13 +547,7 @@ def test_cannot_train_or_be_saved(learnt, fake, tmp_path, tiny_vlm):
 @pytest.mark.slow
 def test_lerobot_eval_with_a_server(learnt, fake, tmp_path, process_env):
     """LeRobot's script, two environments at once: a request each for every two steps."""
-    run_script(
-        "lerobot-eval", f"--policy.path={learnt[0]}", f"--policy.server={fake.url}", "--policy.device=cpu",
-        "--env.type=vla0_libero", "--env.task=libero_object", "--env.task_ids=[7]", "--env.assets=primitive",
-        "--env.episode_length=6", "--eval.batch_size=2", "--eval.n_episodes=2", f"--output_dir={tmp_path}",
-        env=process_env,
-    )  # fmt: skip
-    assert json.loads((tmp_path / "eval_info.json").read_text())["overall"]["n_episodes"] == 2
+    eval_with_a_server(learnt[0], fake.url, 6, tmp_path, process_env)
     assert len(fake.requests) == 2 * 3
 
 

@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, run_script
+from conftest import ROOT, run_script, train_recipe
 
 from lerobot_vla0.libero.assets import check_rendering
 
@@ -62,21 +62,9 @@ def test_record_train_evaluate(so101_env, tiny_vlm, tmp_path):
     """The README's commands, on two episodes. Then the plugin's own environment, which has no `is_success`:
     LeRobot 0.6.1 reports 100 % for a policy that has achieved nothing. When that fails, LeRobot or the plugin
     has been mended, and the README's warning can go."""
-    data, train, path = (
-        tmp_path / "data",
-        tmp_path / "train",
-        tmp_path / "train/checkpoints/last/pretrained_model",
-    )
+    data = tmp_path / "data"
     run_script("python", "-m", "so101_sim.record", f"--out={data}", "--episodes=2", env=so101_env)
-    run_script(
-        "lerobot-train",
-        f"--config_path={ROOT}/configs/so101_cpu.yaml",
-        f"--dataset.root={data}",
-        f"--policy.vlm={tiny_vlm}",
-        "--steps=5",
-        f"--output_dir={train}",
-        env=so101_env,
-    )
+    path = train_recipe("so101_cpu", data, tiny_vlm, tmp_path / "train", so101_env)
 
     def evaluate(name: str, *arguments: str) -> dict:
         out = tmp_path / name

@@ -16,7 +16,7 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
-from conftest import make_batch, make_config, make_stats, observation, randomise, run_script
+from conftest import eval_with_a_server, make_batch, make_config, make_stats, observation, randomise
 from lerobot.configs import PreTrainedConfig
 
 from lerobot_vla0.cli import main
@@ -207,13 +207,7 @@ def test_lerobot_eval(engine, checkpoint, tmp_path, process_env):
         return engine.log.read_text().count('"POST /v1/chat/completions HTTP/1.1" 200')
 
     before = answered()
-    run_script(
-        "lerobot-eval", f"--policy.path={checkpoint}", f"--policy.server={engine.url}", "--policy.device=cpu",
-        "--env.type=vla0_libero", "--env.task=libero_object", "--env.task_ids=[7]", "--env.assets=primitive",
-        "--env.episode_length=10", "--eval.batch_size=2", "--eval.n_episodes=2", f"--output_dir={tmp_path}",
-        env=process_env,
-    )  # fmt: skip
-    assert json.loads((tmp_path / "eval_info.json").read_text())["overall"]["n_episodes"] == 2
+    eval_with_a_server(checkpoint, engine.url, 10, tmp_path, process_env)
     assert answered() - before == 2 * 2
 
 

@@ -1,10 +1,8 @@
 """`lerobot-vla0 record`: episodes of the scripted expert as a LeRobotDataset like `lerobot/libero`."""
 
 import json
-from collections import deque
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
-from itertools import islice
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ from ..files import check_place, new_folder
 from ..libero.assets import asset_name, prepare_libero
 from ..libero.env import MAX_IMAGE_SIZE, LiberoEnv
 from ..libero.suites import MAX_STEPS, NUM_INIT_STATES, check_task_ids
-from ..workers import worker_pool
+from ..workers import map_in_order
 
 # As in `lerobot/libero`, though the control frequency is 20 Hz: the two can be trained on together.
 FPS = 10
@@ -132,7 +130,7 @@ def _record(config: RecordConfig, folder: Path) -> BaseException | None:
         use_videos=config.video,
     )
     jobs = [(task, episode) for task in config.tasks for episode in range(config.episodes)]
-    played = _play_all(config, jobs)
+    played = map_in_order(partial(play_episode, config), jobs, config.workers)
     kept, tried, stopped = [], 0, None
     try:
         progress = tqdm(zip(jobs, played, strict=True), desc="Recording", unit="episode", total=len(jobs))
@@ -158,21 +156,6 @@ def _record(config: RecordConfig, folder: Path) -> BaseException | None:
     rate = f"{100 * len(kept) / tried:.0f} %"
     print(f"The expert solved {len(kept)} of {tried} episodes ({rate}): {dataset.num_frames} frames.")
     return stopped
-
-
-def _play_all(config: RecordConfig, jobs: list[tuple[int, int]]) -> Iterator[list[dict[str, Any]]]:
-    """Frames of each job (task, episode), in the order of the jobs."""
-    if config.workers == 1:
-        yield from (play_episode(config, *job) for job in jobs)
-        return
-    with worker_pool(min(config.workers, len(jobs))) as pool:
-        # Only a few episodes are played ahead of the writer: one takes about 50 MB at 256×256.
-        waiting, pending = iter(jobs), deque()
-        pending.extend(pool.submit(play_episode, config, *job) for job in islice(waiting, 2 * config.workers))
-        while pending:
-            frames = pending.popleft().result()
-            pending.extend(pool.submit(play_episode, config, *job) for job in islice(waiting, 1))
-            yield frames
 
 
 # The environment of this process and its arguments. Kept from episode to episode, since making one takes

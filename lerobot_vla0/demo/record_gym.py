@@ -4,10 +4,9 @@ Needs the extra `[sims]`.
 """
 
 import sys
-from collections.abc import Callable, Iterator
-from concurrent.futures import Executor
-from contextlib import nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from tqdm import tqdm
 
 from ..files import check_place, new_folder
 from ..options import parse_options
-from ..workers import worker_pool
+from ..workers import map_in_order
 
 
 @dataclass(frozen=True)
@@ -105,26 +104,27 @@ def _write(config: GymRecordConfig, folder: Path) -> tuple[int, int, int]:
 
     scene = SCENES[config.env]
     dataset, kept, successes = None, 0, 0
-    with worker_pool(config.workers) if config.workers > 1 else nullcontext() as pool:
-        played = tqdm(_play_all(config, pool), desc="Recording", unit="episode", total=config.episodes)
-        for frames, success in played:
-            successes += success
-            played.set_postfix(success=f"{successes}/{played.n + 1}")
-            if not success and not config.keep_failures:
-                continue
-            if dataset is None:
-                folder.rmdir()  # LeRobot makes it
-                dataset = LeRobotDataset.create(
-                    repo_id=f"local/{folder.name}",
-                    root=folder,
-                    fps=scene.config().fps,
-                    features=_features(scene, frames[0]),
-                    use_videos=False,
-                )
-            for frame in frames:
-                dataset.add_frame(frame | {"task": scene.instruction})
-            dataset.save_episode()
-            kept += 1
+    seeds = [(config.first_seed + number,) for number in range(config.episodes)]
+    episodes = map_in_order(partial(play_episode, config), seeds, config.workers)
+    played = tqdm(episodes, desc="Recording", unit="episode", total=config.episodes)
+    for frames, success in played:
+        successes += success
+        played.set_postfix(success=f"{successes}/{played.n + 1}")
+        if not success and not config.keep_failures:
+            continue
+        if dataset is None:
+            folder.rmdir()  # LeRobot makes it
+            dataset = LeRobotDataset.create(
+                repo_id=f"local/{folder.name}",
+                root=folder,
+                fps=scene.config().fps,
+                features=_features(scene, frames[0]),
+                use_videos=False,
+            )
+        for frame in frames:
+            dataset.add_frame(frame | {"task": scene.instruction})
+        dataset.save_episode()
+        kept += 1
     if dataset is None:
         return 0, successes, 0
     dataset.finalize()
@@ -135,15 +135,6 @@ def _features(scene: Scene, frame: dict[str, np.ndarray]) -> dict[str, dict[str,
     vector = {"dtype": "float32", "shape": (len(scene.names),), "names": list(scene.names)}
     picture = {"dtype": "image", "shape": frame[scene.camera].shape, "names": ["height", "width", "channel"]}
     return {scene.camera: picture, OBS_STATE: vector, "action": vector}
-
-
-def _play_all(config: GymRecordConfig, pool: Executor | None) -> Iterator[tuple[list, bool]]:
-    seeds = range(config.first_seed, config.first_seed + config.episodes)
-    if pool is None:
-        yield from (play_episode(config, seed) for seed in seeds)
-        return
-    for future in [pool.submit(play_episode, config, seed) for seed in seeds]:
-        yield future.result()
 
 
 def _expert(config: GymRecordConfig, env: Any) -> Callable[[], np.ndarray]:
