@@ -46,6 +46,9 @@ class BenchDecodeConfig:
     repeats: int = 3
     # Longest draft in tokens, 0 to 63; None as the policy chooses.
     draft_length: int | None = None
+    # Compile our modes, as --policy.compile_model does. Takes minutes before the first measurement; only the
+    # modes plain, forced and drafts.
+    compile_model: bool = False
     # None: that of the checkpoint; bfloat16 for random weights.
     dtype: str | None = None
     # None: cuda where there is one.
@@ -77,7 +80,10 @@ def bench_decode(config: BenchDecodeConfig) -> dict[str, Any]:
     # Answers are compared with those of one token per pass under the exact grammar.
     reference = next(mode for mode in ("generate_grammar", "plain", *modes) if mode in modes)
     records = []
-    run_mode(policy, modes[-1], batches[0][1])  # the first call allocates
+    # The first call allocates. Every shape that occurs is compiled at its first.
+    for chunks in [chunks for _, chunks in batches] if config.compile_model else [batches[0][1]]:
+        for mode in modes if config.compile_model else modes[-1:]:
+            run_mode(policy, mode, chunks)
     with tqdm(total=config.repeats * len(batches) * len(modes), desc="Decoding", unit="run") as bar:
         for repeat in range(config.repeats):
             for workload, chunks in batches:
@@ -110,6 +116,11 @@ def _check(config: BenchDecodeConfig) -> list[str]:
     common.check_counts(config, "batch_size", "chunks", "repeats")
     common.check_names("modes", config.modes, MODES)
     common.check_machine(config)
+    if config.compile_model and not set(OURS).issuperset(config.modes):
+        raise ValueError(
+            f"compile_model=True compiles what this package does, not modes={config.modes}. Choose among "
+            f"--modes='[{','.join(OURS)}]'."
+        )
     if config.workloads is not None:
         common.check_names("workloads", config.workloads, WORKLOADS)
     trained = config.model not in common.SHAPES
@@ -137,10 +148,13 @@ def _load_policy(config: BenchDecodeConfig) -> VLA0Policy:
         "device": common.choose_device(config.device),
         "dtype": config.dtype,
         "draft_length": config.draft_length,
+        "compile_model": config.compile_model or None,
     }
     if config.model in common.SHAPES:
         return common.random_policy(
-            common.SHAPES[config.model], config.seed, **settings | {"dtype": config.dtype or "bfloat16"}
+            common.SHAPES[config.model],
+            config.seed,
+            **settings | {"dtype": config.dtype or "bfloat16", "compile_model": config.compile_model},
         )
     settings = {name: value for name, value in settings.items() if value is not None}
     saved = load_policy_config(config.model, override_arguments(settings))

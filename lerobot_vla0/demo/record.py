@@ -12,6 +12,7 @@ from tqdm import tqdm
 from ..files import check_place, new_folder
 from ..libero.assets import asset_name, prepare_libero
 from ..libero.env import MAX_IMAGE_SIZE, LiberoEnv
+from ..libero.instructions import goals_in_scene
 from ..libero.suites import MAX_STEPS, NUM_INIT_STATES, check_task_ids
 from ..workers import map_in_order
 
@@ -41,6 +42,9 @@ class RecordConfig:
     tasks: list[int] = field(default_factory=lambda: [0])
     # Episodes played per task. Only successful ones are kept.
     episodes: int = 5
+    # Episodes played per further instruction that a task's scene allows (libero_object: five, to pick up
+    # another object). With none, the scene tells what to do, and a policy need not read.
+    other_episodes: int = 0
     # Number of LIBERO's 50 stored initial states in use: episode i starts from state i modulo this. The
     # others are held out, for evaluation on states that the policy has never seen.
     init_states: int = 50
@@ -107,6 +111,8 @@ def _check(config: RecordConfig) -> None:
         raise ValueError(f"init_states={config.init_states} must be in 1..{NUM_INIT_STATES}.")
     if not 0 <= config.noise <= 1:  # also refuses NaN
         raise ValueError(f"noise={config.noise} must be in 0..1: actions are in [-1, 1].")
+    if config.other_episodes < 0:
+        raise ValueError(f"other_episodes={config.other_episodes} must be at least 0.")
     if config.workers < 1 or config.seed < 0:
         raise ValueError(f"workers={config.workers} must be at least 1, and seed={config.seed} at least 0.")
     check_image_size(config.image_size)
@@ -129,17 +135,18 @@ def _record(config: RecordConfig, folder: Path) -> BaseException | None:
         robot_type="panda",
         use_videos=config.video,
     )
-    jobs = [(task, episode) for task in config.tasks for episode in range(config.episodes)]
+    jobs = [job for task in config.tasks for job in jobs_of(config, task)]
     played = map_in_order(partial(play_episode, config), jobs, config.workers)
     kept, tried, stopped = [], 0, None
     try:
         progress = tqdm(zip(jobs, played, strict=True), desc="Recording", unit="episode", total=len(jobs))
-        for tried, ((task, episode), frames) in enumerate(progress, start=1):
+        for tried, ((task, instruction, episode), frames) in enumerate(progress, start=1):
             for frame in frames:
                 dataset.add_frame(frame)
             if frames:
                 dataset.save_episode()
-                kept.append({"task_id": task, "init_state": episode % config.init_states})
+                init_state = episode % config.init_states
+                kept.append({"task_id": task, "instruction": instruction, "init_state": init_state})
             progress.set_postfix(task=task, success=f"{len(kept)}/{tried}")
     except (Exception, KeyboardInterrupt) as error:
         if not kept:
@@ -173,13 +180,22 @@ def _switch_environment(suite: str, task: int, image_size: int, assets: str) -> 
     return _environment[1]
 
 
-def play_episode(config: RecordConfig, task: int, episode: int) -> list[dict[str, Any]]:
+def jobs_of(config: RecordConfig, task: int) -> list[tuple[int, str, int]]:
+    """(task, instruction, number) of each episode to be played in a task's scene."""
+    own, *others = goals_in_scene(config.suite, task)
+    jobs = [(task, own, episode) for episode in range(config.episodes)]
+    return jobs + [(task, other, i) for other in others for i in range(config.other_episodes)]
+
+
+def play_episode(config: RecordConfig, task: int, instruction: str, episode: int) -> list[dict[str, Any]]:
     """Frames of one episode of the expert, without no-ops; none if it did not succeed."""
     from .expert import PickAndPlaceExpert  # imports mujoco, which needs MUJOCO_GL set by `prepare_libero`
 
     env = _switch_environment(config.suite, task, config.image_size, config.assets)
-    observation, info = env.reset(options={"init_state": episode % config.init_states})
+    options = {"init_state": episode % config.init_states, "instruction": instruction}
+    observation, info = env.reset(options=options)
     expert = PickAndPlaceExpert(env.simulator)
+    # Equal in all instructions' episodes of one number.
     noise = np.random.default_rng([config.seed, task, episode])
     frames, gripper = [], None
     for _ in range(MAX_STEPS[config.suite]):

@@ -13,6 +13,7 @@ from gymnasium import spaces
 
 from .assets import prepare_libero
 from .config import SIMULATOR_SEED
+from .instructions import goal_of
 from .simulator import Cameras, make_simulator
 from .suites import MAX_STEPS, check_task_ids
 
@@ -46,6 +47,8 @@ class LiberoEnv(gym.Env):
         task_id: 0..9 (libero_90: 0..89).
         init_state: which of LIBERO's 50 stored initial states to start from; None draws one at each reset
             from its seed. `reset(options={"init_state": 3})` overrides it.
+        instruction: of another task of the suite, to be followed in this task's scene: its goal is then the
+            one that counts. None takes the task's own. `reset(options={"instruction": ...})` overrides it.
         image_size: side of the square images in pixels.
         max_episode_steps: None takes the suite's limit (220, 280, 300, 520, 400). `gymnasium.make` has an
             argument of this name, too, which replaces it.
@@ -53,8 +56,8 @@ class LiberoEnv(gym.Env):
         render_mode: "rgb_array" or None.
 
     Raises:
-        ValueError: unknown suite, task or init state, image_size not in 1..2048, or max_episode_steps below
-            1.
+        ValueError: unknown suite, task or init state, an instruction that has no goal in the scene,
+            image_size not in 1..2048, or max_episode_steps below 1.
         RuntimeError (from `reset`): this process was forked from one that renders.
     """
 
@@ -67,6 +70,7 @@ class LiberoEnv(gym.Env):
         task_id: int = 0,
         *,
         init_state: int | None = None,
+        instruction: str | None = None,
         image_size: int = 256,
         max_episode_steps: int | None = None,
         assets: str = "auto",
@@ -88,7 +92,9 @@ class LiberoEnv(gym.Env):
             control_freq=FPS,
         )
         self.suite, self.task_id, self.render_mode = suite, task_id, render_mode
-        self.task = self.task_description = self._env.task_description
+        self._fixed_instruction = instruction or self._env.task_description
+        self.task = self.task_description = self._fixed_instruction
+        goal_of(suite, task_id, self.task)
         self.num_init_states = len(self._env._init_states)
         self._fixed_init_state = None if init_state is None else self._check_init_state(init_state)
         self._max_episode_steps = max_episode_steps or MAX_STEPS[suite]
@@ -129,11 +135,15 @@ class LiberoEnv(gym.Env):
         if chosen is None:
             chosen = self.np_random.integers(self.num_init_states)
         self._init_state, self._steps = self._check_init_state(chosen), 0
+        instruction = (options or {}).get("instruction", self._fixed_instruction)
+        goal = goal_of(self.suite, self.task_id, instruction)
         self._env.init_state_id = self._init_state
         if self._cameras is None:
             size = self.observation_space["pixels"]["image"].shape[0]
             # In place of the one that LeRobot's environment would make.
             self._env._env, self._cameras = make_simulator(self._env._task_bddl_file, size, FPS)
+        self.task = self.task_description = instruction
+        self.simulator.env.parsed_problem["goal_state"] = goal
         # The simulator draws random numbers before it takes the stored state: the same ones every time.
         observation, _ = self._env.reset(seed=SIMULATOR_SEED)
         return self._observation(observation), self._info(False)
