@@ -61,7 +61,7 @@ def run_mode(policy: VLA0Policy, mode: str, chunks: list[Chunk]) -> Run:
 
 def _inputs(policy: VLA0Policy, chunks: list[Chunk]) -> dict[str, Tensor]:
     batch: dict[str, Any] = {
-        key: torch.cat([chunk.inputs[key] for chunk in chunks])
+        key: torch.cat([chunk.inputs[key] for chunk in chunks]).to(policy.model.device)
         for key, value in chunks[0].inputs.items()
         if isinstance(value, Tensor)
     }
