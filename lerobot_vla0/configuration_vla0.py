@@ -196,8 +196,8 @@ class VLA0Config(PreTrainedConfig):
     # Load the language model of `vlm` in 4 bits, to train an adapter on it (QLoRA, arXiv 2305.14314: with
     # --peft.*; needs the extra [qlora]).
     load_in_4bit: bool = False
-    # torch.compile the language model, in training and in acting. Pays off on GPUs in long runs; the first
-    # steps are slow.
+    # torch.compile the language model in training, whose first steps are then slow, and in acting on a CPU.
+    # On a GPU, passes over new tokens run as CUDA graphs, recorded in the first chunks.
     compile_model: bool = False
 
     # [5. Acting]

@@ -1,5 +1,7 @@
 """What a CPU cannot show: every tensor must be on the GPU, and compiled passes run as CUDA graphs."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import make_batch, make_config, make_stats, observation, randomise
@@ -29,50 +31,71 @@ SETTINGS = [
 ]
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @torch.no_grad()
-def test_acts_as_on_the_cpu(tiny_vlm, settings):
+def test_drafts_change_nothing(tiny_vlm, settings, compiled):
+    """Against one token per pass, which needs no draft, and launched kernel by kernel."""
     if "use_relative_actions" in settings:
-        state = make_config(tiny_vlm).output_features["action"].shape
         inputs = make_config(tiny_vlm).input_features
-        inputs["observation.state"] = type(inputs["observation.state"])(
-            inputs["observation.state"].type, state
-        )
+        inputs["observation.state"] = replace(inputs["observation.state"], shape=(7,))
         settings = {**settings, "input_features": inputs}
-    actions = []
-    for device in ("cpu", "cuda"):
-        policy, preprocess, postprocess = make(tiny_vlm, device, **settings)
-        taken = []
+    taken = []
+    for more in ({"draft_length": 0}, {"compile_model": compiled}):
+        policy, preprocess, postprocess = make(tiny_vlm, "cuda", **settings, **more)
+        actions = []
         for seed in range(5):
             seen = observation(make_batch(rows=2, seed=seed))
-            if "use_relative_actions" in settings:
-                seen["observation.state"] = seen["observation.state"][:, :7]
-            taken.append(postprocess(policy.select_action(preprocess(seen))).cpu())
-        actions.append(torch.stack(taken))
-    assert torch.equal(*actions)
+            seen["observation.state"] = seen["observation.state"][
+                :, : 7 if "input_features" in settings else 8
+            ]
+            actions.append(postprocess(policy.select_action(preprocess(seen))).cpu())
+        taken.append(torch.stack(actions))
+    assert torch.equal(*taken) and taken[0].abs().max() <= (3 if "input_features" in settings else 1)
 
 
 @torch.no_grad()
-def test_real_time_chunks_as_on_the_cpu(tiny_vlm):
-    chunks = []
+def test_sees_what_it_sees_on_the_cpu(tiny_vlm):
+    """Pictures to one of 256 levels, with equal text; so the first token is as likely."""
+    seen = observation(make_batch(rows=2))
+    inputs, logits = [], []
     for device in ("cpu", "cuda"):
         policy, preprocess, _ = make(tiny_vlm, device)
-        batch = preprocess(observation(make_batch(rows=1)))
-        first = policy.predict_action_chunk(batch)
-        left = first[0, 3:]
-        chunks.append(policy.predict_action_chunk(batch, inference_delay=2, prev_chunk_left_over=left).cpu())
-        assert torch.equal(chunks[-1][0, :2], left[:2].cpu())
-    assert torch.equal(*chunks)
+        inputs.append(policy.examples.acting_inputs(policy.examples.check(preprocess(seen))))
+        assert {value.device.type for value in inputs[-1].values()} == {device}
+        logits.append(torch.from_numpy(policy.decoder.session(inputs[-1]).start([[], []])))
+    assert torch.equal(inputs[0]["input_ids"], inputs[1]["input_ids"].cpu())
+    level = 1 / 255 / 0.26  # after normalisation
+    pixels = [of["pixel_values"].float().cpu() for of in inputs]
+    assert (pixels[0] - pixels[1]).abs().max() < 1.1 * level
+    assert (pixels[0] - pixels[1]).abs().mean() < 0.05 * level
+    assert torch.allclose(*logits, rtol=0.1, atol=0.1 * logits[0].abs().max().item())
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@torch.no_grad()
+def test_real_time_chunks(tiny_vlm, compiled):
+    policy, preprocess, _ = make(tiny_vlm, "cuda", compile_model=compiled)
+    batch = preprocess(observation(make_batch(rows=1)))
+    left = policy.predict_action_chunk(batch)[0, 3:]
+    chunk = policy.predict_action_chunk(batch, inference_delay=2, prev_chunk_left_over=left)
+    plain, *_ = make(tiny_vlm, "cuda", draft_length=0)
+    expected = plain.predict_action_chunk(batch, inference_delay=2, prev_chunk_left_over=left)
+    assert torch.equal(chunk, expected) and torch.equal(chunk[0, :2], left[:2])
 
 
 @torch.no_grad()
-def test_compiled_passes_give_the_same(tiny_vlm):
-    batches = [make_batch(rows=2, seed=seed) for seed in range(3)]
-    chunks = []
-    for compiled in (False, True):
-        policy, preprocess, _ = make(tiny_vlm, "cuda", compile_model=compiled)
-        chunks.append([policy.predict_action_chunk(preprocess(observation(batch))) for batch in batches])
-    assert all(torch.equal(*pair) for pair in zip(*chunks, strict=True))
+def test_graphs_see_new_weights(tiny_vlm):
+    """After training and loading, in place or not."""
+    policy, preprocess, _ = make(tiny_vlm, "cuda", compile_model=True)
+    batch = preprocess(observation(make_batch(rows=1)))
+    before = policy.predict_action_chunk(batch)
+    randomise(policy.to("cpu"), seed=2)
+    after = policy.to("cuda").predict_action_chunk(batch)
+    fresh, *_ = make(tiny_vlm, "cuda")
+    assert torch.equal(fresh.predict_action_chunk(batch), before)
+    fresh.load_state_dict(policy.state_dict())
+    assert torch.equal(fresh.predict_action_chunk(batch), after) and not torch.equal(before, after)
 
 
 @pytest.mark.parametrize("settings", [{}, {"gradient_checkpointing": True, "freeze_vision": True}], ids=str)
@@ -91,9 +114,16 @@ def test_learns_in_bfloat16(tiny_vlm, settings):
     assert losses[-1] < 0.7 * losses[0] and 0 <= metrics["token_accuracy"] <= 1
 
 
-def test_bench_decode(tmp_path):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_bench_decode(tmp_path, compiled):
     config = BenchDecodeConfig(
-        model="small-random", workloads=["recorded_masked"], dtype="float32", repeats=1, out=tmp_path
+        model="small-random",
+        workloads=["recorded_masked"],
+        modes=["plain", "forced", "drafts"],
+        compile_model=compiled,
+        dtype="float32",
+        repeats=1,
+        out=tmp_path,
     )
     rows = bench_decode(config)["results"]
     assert {row["mode"]: row["identical"] for row in rows} == {row["mode"]: 2 for row in rows}

@@ -46,8 +46,7 @@ class BenchDecodeConfig:
     repeats: int = 3
     # Longest draft in tokens, 0 to 63; None as the policy chooses.
     draft_length: int | None = None
-    # Compile our modes, as --policy.compile_model does. Takes minutes before the first measurement; only the
-    # modes plain, forced and drafts.
+    # Run our modes as --policy.compile_model does; only plain, forced and drafts.
     compile_model: bool = False
     # None: that of the checkpoint; bfloat16 for random weights.
     dtype: str | None = None
@@ -80,9 +79,11 @@ def bench_decode(config: BenchDecodeConfig) -> dict[str, Any]:
     # Answers are compared with those of one token per pass under the exact grammar.
     reference = next(mode for mode in ("generate_grammar", "plain", *modes) if mode in modes)
     records = []
-    # The first call allocates. Every shape that occurs is compiled at its first.
-    for chunks in [chunks for _, chunks in batches] if config.compile_model else [batches[0][1]]:
-        for mode in modes if config.compile_model else modes[-1:]:
+    # First calls allocate, choose kernels and compile: on a GPU, and with compile_model, each mode's own,
+    # with every shape that occurs.
+    every = config.compile_model or policy.model.device.type == "cuda"
+    for chunks in [chunks for _, chunks in batches[: len(batches) if config.compile_model else 1]]:
+        for mode in modes if every else modes[-1:]:
             run_mode(policy, mode, chunks)
     with tqdm(total=config.repeats * len(batches) * len(modes), desc="Decoding", unit="run") as bar:
         for repeat in range(config.repeats):

@@ -80,8 +80,9 @@ def _run_ours(policy: VLA0Policy, mode: str, chunks: list[Chunk], inputs: dict[s
         drafter.remember(chunk.previous, executed=1)
     synchronize(policy)
     start = time.perf_counter()
-    model = ScriptedModel(decoder.session(inputs), decoder.grammar, chunks)
-    decoded = engine.decode(model, decoder.grammar, len(chunks), drafters=drafters)
+    with decoder.cache() as cache:
+        model = ScriptedModel(decoder.session(inputs, cache), decoder.grammar, chunks)
+        decoded = engine.decode(model, decoder.grammar, len(chunks), drafters=drafters)
     return Run(decoded.integers, decoded.passes, time.perf_counter() - start)
 
 

@@ -8,6 +8,7 @@ import copy
 import threading
 from collections import deque
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,8 +141,6 @@ class ChunkDecoder:
         # Shared by all environments and episodes: how well the model predicts the tokens that follow a wrong
         # draft depends on how it was trained.
         self.acceptance = AcceptanceRate()
-        # With compile_model: caches that no chunk uses at present. Compiled graphs rely on their addresses.
-        self._caches: list[KVCache] = []
         self._kept, self._modules = Kept(), []
         self.release()
         backbone.language_model(model).register_load_state_dict_post_hook(self._weights_loaded)
@@ -156,6 +155,8 @@ class ChunkDecoder:
         modules = list(self.model.modules())
         same = self.config.compile_model and modules == self._modules
         self._kept, self._modules = Kept(self._kept.model if same else None), modules
+        # With compile_model: caches that no chunk uses at present, with the CUDA graphs recorded on them.
+        self._caches: list[KVCache] = []
 
     def _weights_loaded(self, *_: object) -> None:
         self.release()
@@ -207,11 +208,7 @@ class ChunkDecoder:
             if left_over is not None:
                 drafter.expect(left_over.integers[row])
         dim, yielded = self.action_dim, 0
-        try:
-            cache = self._caches.pop()
-        except IndexError:  # all are in use
-            cache = KVCache()
-        try:
+        with self.cache() as cache:
             for decoded in engine.decode_stream(
                 self.session(inputs, cache),
                 self.grammar,
@@ -227,11 +224,22 @@ class ChunkDecoder:
                     bins = torch.tensor(step, dtype=torch.float32, device=inputs["input_ids"].device)
                     yield to_data_set_bins(bins, observation.task_range, self.config.num_bins)
                     yielded += 1
-        finally:
-            self._caches.append(cache)
         for episode, drafter, answer in zip(episodes, drafters, integers, strict=True):
             drafter.remember(answer[: steps * dim], executed=min(steps, self.config.n_action_steps))
             episode.drafter = drafter
+
+    @contextmanager
+    def cache(self) -> Iterator[KVCache]:
+        """A cache for `session` that nobody else uses meanwhile."""
+        caches = self._caches  # `release` begins another list
+        try:
+            cache = caches.pop()
+        except IndexError:  # all are in use
+            cache = KVCache()
+        try:
+            yield cache
+        finally:
+            caches.append(cache)
 
     def session(self, inputs: dict[str, Tensor], cache: KVCache | None = None) -> engine.Model:
         """The VLM behind the prompts of `ExampleMaker.acting_inputs`.

@@ -29,17 +29,18 @@ class KVCache:
         self.owners: Tensor
         self.slots: Tensor
         self.used = 0  # number of leading slots that attention reads
+        self.graphs: dict[Any, Any] = {}  # CUDA graphs that use `layers`, see cuda_graphs.py
         self.session: object = None  # the decoding session that fills the cache at present
 
     @torch.inference_mode()  # the decoder runs in inference mode, and its tensors can only be changed in it
     def begin(self, rows: int, size: int, prefix: list[tuple[Tensor, Tensor]] | None) -> None:
         """Empties the cache for `rows` rows of `size` slots and writes `prefix` to the first slots of each.
 
-        Tensors of the right size are kept: compiled graphs rely on their addresses. They are set to 0, since
+        Tensors of the right size are kept: CUDA graphs rely on their addresses. They are set to 0, since
         attention multiplies what it masks by 0, and a NaN of the last chunk would stay one.
         """
         if (rows, size) != (self.rows, self.size):
-            self.layers, self.rows, self.size = [], rows, size
+            self.layers, self.rows, self.size, self.graphs = [], rows, size, {}
         self.prefix = prefix
         for layer, pair in enumerate(self.layers):
             for buffer in pair:

@@ -7,7 +7,7 @@ masks our cache does not have. Both are what `engine.Model` describes; neither k
 
 import copy
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from .. import backbone
+from .cuda_graphs import replay
 from .kv_cache import ATTENTION, KVCache, Packed, forward_with_cache
 
 # With compile_model, the number of tokens per row is rounded up to one of these, and the cache's size to a
-# multiple of BLOCK, so that a few compiled graphs serve all drafts and prompts.
+# multiple of BLOCK, so that a few graphs serve all drafts and prompts.
 WIDTHS = (1, 8, 16, 32, 64)
 BLOCK = 128
 # Compiled graphs that PyTorch keeps, one for each width, cache size and number of rows. Beyond its default of
@@ -68,22 +69,21 @@ def _step(
     language_model: nn.Module,
     head: Tensor,
     cache: KVCache,
+    used: int,
     ids: Tensor,
     positions: Tensor,
     slots: Tensor,
-    packed: Packed,
-    used: int,
+    *packed: Tensor,
 ) -> Tensor:
     """Feeds packed tokens (1, T) → logits (T, 12)."""
     embeddings = language_model.embed_tokens(ids)
-    hidden = forward_with_cache(language_model, cache, embeddings, positions, slots, used, packed)
+    hidden = forward_with_cache(language_model, cache, embeddings, positions, slots, used, Packed(*packed))
     return nn.functional.linear(hidden[0], head)
 
 
 @cache
-def _compiled_step(device: str) -> Callable[..., Tensor]:
-    # On a GPU with CUDA graphs: launching about a thousand small kernels takes longer than running them.
-    return torch.compile(_step, dynamic=False, mode="reduce-overhead" if device == "cuda" else None)
+def _compiled_step() -> Callable[..., Tensor]:
+    return torch.compile(_step, dynamic=False)
 
 
 class DecodingSession:
@@ -98,7 +98,8 @@ class DecodingSession:
         room: largest number of tokens that will be fed behind a prompt.
         prefix: from `encode_prefix`, of tokens that all prompts begin with; these are not fed again.
         buffers: a cache whose tensors are used again; None makes a new one.
-        compiled: run the passes behind the prompt with torch.compile. All rows then stay to the end.
+        compiled: run the passes behind the prompt as CUDA graphs, which take a second each to record; on a
+            CPU with torch.compile. All rows then stay to the end.
     """
 
     def __init__(
@@ -151,9 +152,6 @@ class DecodingSession:
             slots.shape[1],
             **extra,
         )
-        if self.compiled:
-            for buffer in sum(self.cache.layers, ()):
-                torch._dynamo.mark_static_address(buffer)  # CUDA graphs write to it in place
         # Each row's last prompt token, and its drafted ones.
         places = (self.lengths[:, None] - 1 - self.skipped) + torch.arange(
             1 + max(map(len, drafts)), device=device
@@ -193,12 +191,16 @@ class DecodingSession:
         rows = torch.tensor(self.rows, device=device)[owners]
         slots = (self.lengths[rows] + columns)[None]
         positions = (slots + self.delta[rows, 0]).expand(self.axes, -1, -1)
-        step = self.language_model, self.head, self.cache, ids, positions, slots, packed
-        if self.compiled:
+        used = self.cache.size if self.compiled else int(slots.max()) + 1
+        of_session = self.language_model, self.head, self.cache, used
+        new = ids, positions, slots, *packed
+        if self.compiled and device.type == "cuda":
+            logits = _to_numpy(replay(partial(_step, *of_session), self.cache, new))
+        elif self.compiled:
             with torch._dynamo.config.patch(recompile_limit=MAX_GRAPHS):
-                logits = _to_numpy(_compiled_step(device.type)(*step, self.cache.size))
+                logits = _to_numpy(_compiled_step()(*of_session, *new))
         else:
-            logits = _to_numpy(_step(*step, int(slots.max()) + 1))
+            logits = _to_numpy(_step(*of_session, *new))
         result = np.zeros((len(tokens), width, logits.shape[-1]), dtype=logits.dtype)
         result[rows.cpu().numpy(), columns.cpu().numpy()] = logits
         return result
