@@ -2,6 +2,7 @@
 simulation."""
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -221,7 +222,7 @@ def test_eval_with_lerobots_own_libero(run, process_env, tmp_path):
     assets = tmp_path / "home/.cache/libero/assets"
     assets.parent.mkdir(parents=True)
     assets.symlink_to(shared("libero-assets").resolve())
-    env = {**process_env, "HOME": str(tmp_path / "home")}
+    env = {**process_env, "HOME": str(tmp_path / "home"), "MUJOCO_GL": os.environ["MUJOCO_GL"]}
     run_script(
         "lerobot-eval", f"--policy.path={run}/checkpoints/last/pretrained_model", "--policy.device=cpu",
         "--env.type=libero", "--env.task=libero_spatial", "--env.task_ids=[0]", "--env.episode_length=10",

@@ -14,6 +14,7 @@ from ..libero.assets import asset_name, prepare_libero
 from ..libero.env import MAX_IMAGE_SIZE, LiberoEnv
 from ..libero.suites import MAX_STEPS, NUM_INIT_STATES, check_task_ids
 from ..workers import map_in_order
+from .expert import PickAndPlaceExpert
 
 # As in `lerobot/libero`, though the control frequency is 20 Hz: the two can be trained on together.
 FPS = 10
@@ -175,8 +176,6 @@ def _switch_environment(suite: str, task: int, image_size: int, assets: str) -> 
 
 def play_episode(config: RecordConfig, task: int, episode: int) -> list[dict[str, Any]]:
     """Frames of one episode of the expert, without no-ops; none if it did not succeed."""
-    from .expert import PickAndPlaceExpert  # imports mujoco, which needs MUJOCO_GL set by `prepare_libero`
-
     env = _switch_environment(config.suite, task, config.image_size, config.assets)
     observation, info = env.reset(options={"init_state": episode % config.init_states})
     expert = PickAndPlaceExpert(env.simulator)
