@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,17 @@ import torch
 from local_hub import LocalHub
 
 from lerobot_vla0.configuration_vla0 import VLA0Config
+from lerobot_vla0.libero.assets import check_rendering
 
 ROOT = Path(__file__).parents[1]
 # Reference vectors, the real Qwen tokenizer and LIBERO's assets lie beside the checkout, not in it.
 SHARED = Path(os.environ.get("VLA0_SHARED", ROOT.parent / "shared"))
 ACTION_DIM = 7
+ENVIRON = dict(os.environ)
+# MuJoCo, dm_control and robosuite choose how to render when they are first imported, in whichever test file
+# comes first: MUJOCO_GL must be set before. Processes that tests start choose for themselves, as a user's do.
+with suppress(RuntimeError):  # nothing renders: tests that need it say so
+    check_rendering()
 
 
 def shared(name: str) -> Path:
@@ -134,7 +141,7 @@ def process_env(tmp_path_factory) -> dict[str, str]:
     place."""
     home = tmp_path_factory.mktemp("home")
     return {
-        **os.environ,
+        **ENVIRON,
         "HF_HUB_OFFLINE": "1",
         "HF_HOME": str(home / "hf"),
         "HF_LEROBOT_HOME": str(home / "lerobot"),

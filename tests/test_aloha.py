@@ -12,8 +12,9 @@ pytest.importorskip("gym_aloha")
 
 def test_record_train_evaluate(tiny_vlm, process_env, tmp_path):
     data, run, out = tmp_path / "data", tmp_path / "run", tmp_path / "eval"
-    env = {**process_env, "MUJOCO_GL": os.environ.get("MUJOCO_GL", "egl")}
-    info = record_gym(data, "--env=aloha", "--max_steps=10", env=env)
+    # The recorder finds a way to render; LeRobot's script must be told.
+    info = record_gym(data, "--env=aloha", "--max_steps=10", env=process_env)
+    env = {**process_env, "MUJOCO_GL": os.environ["MUJOCO_GL"]}
     assert (info["fps"], info["total_episodes"], info["total_frames"]) == (50, 2, 20)
     assert info["features"]["observation.images.top"]["shape"] == [480, 640, 3]
     checkpoint = train_recipe("aloha_cpu", data, tiny_vlm, run, env)

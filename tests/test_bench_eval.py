@@ -56,7 +56,7 @@ def test_bad_settings(measured, option, message, tmp_path):
 
 @pytest.mark.slow
 def test_all_modes_play_the_same_successful_episodes(throw_away, tmp_path):
-    config = module.BenchEvalConfig(n_action_steps=[8], episodes=2, image_size=32, out=tmp_path)
+    config = module.BenchEvalConfig(n_action_steps=[8], episodes=1, image_size=32, out=tmp_path)
     for row in module.bench_eval(config)["results"]:
-        assert row["successes"] == 2 and row["episodes_per_min"] > 0 and row["cpu_s"] > 0
+        assert row["successes"] == 1 and row["episodes_per_min"] > 0 and row["cpu_s"] > 0
         assert row["peak_gib"] > 0.5

@@ -121,5 +121,8 @@ for extra in ("libero", "robosuite", "mujoco", "trl"):
 import lerobot_vla0
 for module in pkgutil.iter_modules(lerobot_vla0.__path__):
     importlib.import_module(f"lerobot_vla0.{module.name}")
+# Nor may these: mujoco chooses how to render when it is first imported, and MUJOCO_GL must be set before.
+for name in ("bench.eval", "demo.expert", "demo.record", "demo.record_gym", "libero.simulator"):
+    importlib.import_module(f"lerobot_vla0.{name}")
 """
     run_python(code)

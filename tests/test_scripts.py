@@ -2,6 +2,8 @@
 simulation."""
 
 import json
+import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -9,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_batch, observation, run_script, shared
+
+from lerobot_vla0.cli import main
 
 pytestmark = pytest.mark.slow
 
@@ -201,13 +205,20 @@ torch.save(chunk, {str(run / "chunk.pt")!r})
     assert torch.equal(torch.load(run / "chunk.pt"), expected)
 
 
-@pytest.mark.parametrize("batch_size", [1, 2])
-def test_eval_on_libero_with_stand_ins(run, process_env, tmp_path, batch_size):
+# As the README writes lists, beside a path.
+LISTS = [
+    "--policy.cameras=[observation.images.image2, observation.images.image]",
+    "--policy.normalization_mapping={VISUAL: IDENTITY, STATE: MIN_MAX, ACTION: MIN_MAX}",
+]
+
+
+@pytest.mark.parametrize(("batch_size", "options"), [(1, LISTS), (2, [])])
+def test_eval_on_libero_with_stand_ins(run, process_env, tmp_path, batch_size, options):
     log = run_script(
         "lerobot-eval", f"--policy.path={run}/checkpoints/last/pretrained_model", "--policy.device=cpu",
         "--env.type=vla0_libero", "--env.task=libero_object", "--env.task_ids=[7]", "--env.assets=primitive",
         "--env.episode_length=10", f"--eval.batch_size={batch_size}", "--eval.n_episodes=2",
-        f"--output_dir={tmp_path}", env=process_env,
+        f"--output_dir={tmp_path}", *options, env=process_env,
     ).stdout  # fmt: skip
     info = json.loads((tmp_path / "eval_info.json").read_text())
     assert info["overall"]["n_episodes"] == 2, log
@@ -221,7 +232,7 @@ def test_eval_with_lerobots_own_libero(run, process_env, tmp_path):
     assets = tmp_path / "home/.cache/libero/assets"
     assets.parent.mkdir(parents=True)
     assets.symlink_to(shared("libero-assets").resolve())
-    env = {**process_env, "HOME": str(tmp_path / "home")}
+    env = {**process_env, "HOME": str(tmp_path / "home"), "MUJOCO_GL": os.environ["MUJOCO_GL"]}
     run_script(
         "lerobot-eval", f"--policy.path={run}/checkpoints/last/pretrained_model", "--policy.device=cpu",
         "--env.type=libero", "--env.task=libero_spatial", "--env.task_ids=[0]", "--env.episode_length=10",
@@ -231,32 +242,20 @@ def test_eval_with_lerobots_own_libero(run, process_env, tmp_path):
 
 
 def test_a_value_that_is_refused_is_named(run, train_arguments, process_env, tmp_path):
-    """In a new policy, beside the path of a checkpoint, and in the environment."""
+    """In a new policy, and beside the path of a checkpoint. (Values of the environment:
+    test_configuration_vla0.py.)"""
     out, path = f"--output_dir={tmp_path}/run", f"--policy.path={run}/checkpoints/last/pretrained_model"
     n_action_steps = "n_action_steps=16 is not allowed: it must be in 1..chunk_size (8)"
     for command, *arguments, message in [
         ("lerobot-train", *train_arguments, "--policy.type=vla0", "--policy.n_action_steps=16", out,
          n_action_steps),
         ("lerobot-eval", path, "--env.type=vla0_libero", "--policy.n_action_steps=16", n_action_steps),
-        ("lerobot-eval", path, "--env.type=vla0_libero", "--env.task=libero_foo", "unknown LIBERO suite"),
-        ("lerobot-vla0", "eval", path, f"--out={tmp_path}/eval", "--policy.n_action_steps=16",
-         f"lerobot-vla0 eval: {n_action_steps}"),
     ]:  # fmt: skip
         result = run_script(command, *arguments, env=process_env, check=False)
         assert result.returncode != 0 and message in result.stdout
         assert "Traceback" not in result.stdout
-
-
-def test_lists_as_the_readme_writes_them_beside_a_path(run, process_env, tmp_path):
-    run_script(
-        "lerobot-eval", f"--policy.path={run}/checkpoints/last/pretrained_model", "--policy.device=cpu",
-        "--policy.cameras=[observation.images.image2, observation.images.image]",
-        "--policy.normalization_mapping={VISUAL: IDENTITY, STATE: MIN_MAX, ACTION: MIN_MAX}",
-        "--env.type=vla0_libero", "--env.task=libero_object", "--env.task_ids=[7]", "--env.assets=primitive",
-        "--env.episode_length=2", "--eval.batch_size=1", "--eval.n_episodes=1", f"--output_dir={tmp_path}",
-        env=process_env,
-    )  # fmt: skip
-    assert json.loads((tmp_path / "eval_info.json").read_text())["overall"]["n_episodes"] == 1
+    with pytest.raises(SystemExit, match=f"lerobot-vla0 eval: {re.escape(n_action_steps)}"):
+        main(["eval", path, f"--out={tmp_path}/eval", "--policy.n_action_steps=16"])
 
 
 def test_missing_camera_is_a_clear_error(run, train_arguments, process_env, tmp_path):

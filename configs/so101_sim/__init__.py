@@ -6,6 +6,8 @@ sees. The goal, which no camera shows, is always the plugin's fixed one. The blo
 square. Shadows are off: they take most of a picture's time where no GPU renders.
 """
 
+import os
+import platform
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,11 +33,15 @@ class SO101Place(gymnasium.Wrapper):
 
     Args:
         kwargs: of the plugin's environment.
+
+    Raises:
+        RuntimeError: MuJoCo would draw in a window, and there is no display.
     """
 
     task_description = TASK
 
     def __init__(self, **kwargs: Any) -> None:
+        _check_rendering()
         super().__init__(
             gymnasium.make("lerobot_env_so101/SO101PickPlace-v0", action_scale=ACTION_SCALE, **kwargs)
         )
@@ -62,6 +68,18 @@ class SO101Place(gymnasium.Wrapper):
 
     def _seen(self, observation: dict[str, np.ndarray]) -> dict[str, Any]:
         return {"pixels": {"front": self.env.render()}, "agent_pos": observation["agent_pos"]}
+
+
+def _check_rendering() -> None:
+    """MuJoCo reads MUJOCO_GL when it is first imported, and without it wants a window. Without a display
+    the first picture would then end the process, or fail with "Default framebuffer is not complete"."""
+    displays = ("DISPLAY", "WAYLAND_DISPLAY")
+    windows = mujoco.gl_context.GLContext.__module__ == "mujoco.glfw"
+    if platform.system() == "Linux" and windows and not any(map(os.environ.get, displays)):
+        raise RuntimeError(
+            "MuJoCo was imported without MUJOCO_GL, and there is no display to draw on: set MUJOCO_GL=osmesa "
+            "(or egl) before Python starts, or before the first import of mujoco."
+        )
 
 
 gymnasium.register("so101_sim/SO101Place-v0", SO101Place, max_episode_steps=MAX_STEPS)

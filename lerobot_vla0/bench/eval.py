@@ -21,6 +21,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from ..demo.expert import PickAndPlaceExpert
 from ..libero.assets import prepare_libero
 from ..libero.config import VLA0LiberoEnv
 from ..libero.env import LiberoEnv
@@ -111,8 +112,6 @@ def _in_a_process(function: Callable[..., Any], *arguments: Any) -> Any:
 
 def record(config: BenchEvalConfig) -> list[np.ndarray]:
     """Actions (T, 7) of the expert's episodes, each to its success."""
-    from ..demo.expert import PickAndPlaceExpert  # imports mujoco
-
     plans = []
     with closing(LiberoEnv(SUITE, config.task, image_size=16, assets=config.assets)) as env:
         for episode in range(config.episodes):

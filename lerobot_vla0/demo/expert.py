@@ -8,7 +8,6 @@ It reads the simulator's state, not the images. Its actions are the robot's: OSC
 from collections.abc import Iterator
 from typing import Any
 
-import mujoco
 import numpy as np
 
 OPEN, CLOSE = -1.0, 1.0
@@ -62,6 +61,8 @@ class PickAndPlaceExpert:
 
     def _geoms(self, name: str) -> list[np.ndarray]:
         """Corner points (n, 3), world frame, of the bounding shape of each of an object's collision geoms."""
+        import mujoco  # not above: its first import needs MUJOCO_GL, which `prepare_libero` sets
+
         model, data = self.env.sim.model._model, self.env.sim.data._data
         root, result = self.env.env.obj_body_id[name], []
         for g in range(model.ngeom):

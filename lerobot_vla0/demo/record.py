@@ -15,6 +15,7 @@ from ..libero.env import MAX_IMAGE_SIZE, LiberoEnv
 from ..libero.instructions import goals_in_scene
 from ..libero.suites import MAX_STEPS, NUM_INIT_STATES, check_task_ids
 from ..workers import map_in_order
+from .expert import PickAndPlaceExpert
 
 # As in `lerobot/libero`, though the control frequency is 20 Hz: the two can be trained on together.
 FPS = 10
@@ -189,8 +190,6 @@ def jobs_of(config: RecordConfig, task: int) -> list[tuple[int, str, int]]:
 
 def play_episode(config: RecordConfig, task: int, instruction: str, episode: int) -> list[dict[str, Any]]:
     """Frames of one episode of the expert, without no-ops; none if it did not succeed."""
-    from .expert import PickAndPlaceExpert  # imports mujoco, which needs MUJOCO_GL set by `prepare_libero`
-
     env = _switch_environment(config.suite, task, config.image_size, config.assets)
     options = {"init_state": episode % config.init_states, "instruction": instruction}
     observation, info = env.reset(options=options)

@@ -16,6 +16,7 @@ from lerobot.utils.constants import OBS_IMAGE, OBS_IMAGES, OBS_STATE
 from tqdm import tqdm
 
 from ..files import check_place, new_folder
+from ..libero.assets import check_rendering
 from ..options import parse_options
 from ..workers import map_in_order
 
@@ -74,7 +75,7 @@ def record_gym(config: GymRecordConfig) -> Path:
         FileExistsError: `out` exists and is not empty.
         ImportError: the simulator is not installed.
         ValueError: a setting out of range.
-        RuntimeError: no episode is kept.
+        RuntimeError: no episode is kept, or no library renders ALOHA off screen.
     """
     _check(config)
     with new_folder(config.out) as folder:
@@ -96,6 +97,8 @@ def _check(config: GymRecordConfig) -> None:
     if not 0 <= config.noise < np.inf:  # also refuses NaN
         raise ValueError(f"noise={config.noise} must be at least 0 and finite.")
     check_place(config.out, "new folder")
+    if config.env == "aloha":
+        check_rendering()  # dm_control's own choice is a window, which fails without a display
 
 
 def _write(config: GymRecordConfig, folder: Path) -> tuple[int, int, int]:
