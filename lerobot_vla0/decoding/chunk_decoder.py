@@ -26,7 +26,7 @@ from .ensembling import TemporalEnsembler
 from .kv_cache import KVCache
 from .prepack import can_prepack, prepack
 from .rtc import LeftOver
-from .session import DecodingSession, RowByRowSession, acting_model, encode_prefix
+from .session import WIDTHS, DecodingSession, RowByRowSession, acting_model, encode_prefix
 
 # Per kind of device: longest draft in tokens; tokens of a pass over all rows; and the chance of being right
 # below which one more drafted token costs more time than it saves, for one row. On two CPU cores each further
@@ -35,7 +35,6 @@ from .session import DecodingSession, RowByRowSession, acting_model, encode_pref
 # grows with the number of rows, up to MAX_WORTH, where the device computes at its full rate.
 DRAFTS = {"cpu": (31, 64, 0.15), "cuda": (63, 512, 0.02)}
 MAX_WORTH = 0.6
-LONGEST_DRAFT = 63  # `draft_length` allows no more
 
 
 @dataclass
@@ -268,7 +267,7 @@ class ChunkDecoder:
             kept.model,
             inputs,
             token_ids,
-            room=self.grammar.max_tokens + LONGEST_DRAFT + 1,
+            room=self.grammar.max_tokens + WIDTHS[-1],
             prefix=prefix,
             buffers=cache if compiled else None,
             compiled=compiled,

@@ -20,8 +20,10 @@ from .cuda_graphs import replay
 from .kv_cache import ATTENTION, KVCache, Packed, forward_with_cache
 
 # With compile_model, the number of tokens per row is rounded up to one of these, and the cache's size to a
-# multiple of BLOCK, so that a few graphs serve all drafts and prompts.
-WIDTHS = (1, 8, 16, 32, 64)
+# multiple of BLOCK, so that a few graphs serve all drafts and prompts. The last is the most that is ever fed:
+# an accepted token, the longest draft, and a token that the grammar forces behind it.
+LONGEST_DRAFT = 63  # `draft_length` allows no more
+WIDTHS = (1, 8, 16, 32, 2 + LONGEST_DRAFT)
 BLOCK = 128
 # Compiled graphs that PyTorch keeps, one for each width, cache size and number of rows. Beyond its default of
 # 8 it would fall back to eager execution.
