@@ -33,14 +33,15 @@ demo: setup render
 	$(RUN) lerobot-vla0 curve --log=$(DEMO)/train.log --out=$(DEMO)/loss.png
 	$(DEMO_EVAL) --out=$(DEMO)/eval_seen
 	$(DEMO_EVAL) --out=$(DEMO)/eval_held_out --first_init_state=40
-	$(RUN) lerobot-vla0 strip --policy.path=$(DEMO_POLICY) --out=$(DEMO)/rollout.png
+	$(RUN) lerobot-vla0 strip --policy.path=$(DEMO_POLICY) --out=$(DEMO)/demo.png \
+		--log=$(DEMO)/train.log --reports=$(DEMO)/eval_seen,$(DEMO)/eval_held_out
 	@echo
 	@echo "on the initial states it was trained on:"; grep pick $(DEMO)/eval_seen/report.md
 	@echo "on initial states it has never seen:"; grep pick $(DEMO)/eval_held_out/report.md
 	@echo "checkpoint  $(DEMO_POLICY)"
 	@echo "loss curve  $(DEMO)/loss.png"
 	@echo "failures    $(DEMO)/eval_seen/videos/ $(DEMO)/eval_held_out/videos/ (if there were any)"
-	@echo "a rollout   $(DEMO)/rollout.png"
+	@echo "all of it in one picture: $(CURDIR)/$(DEMO)/demo.png"
 
 test: setup render
 	$(RUN) ruff check

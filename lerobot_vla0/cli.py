@@ -29,7 +29,7 @@ COMMANDS = {
     "card": ("convert.card:write_card", "write the model card of a checkpoint"),
     "export": ("convert.export:export", "write a plain Transformers folder for serving engines"),
     "curve": ("demo.curve:plot_curve", "plot the loss curve of a lerobot-train log"),
-    "strip": ("demo.rollout_strip:rollout_strip", "draw a rollout beside its chat"),
+    "strip": ("demo.rollout_strip:rollout_strip", "draw a rollout, the integers behind it, loss and success"),
     "tiny-vlm": ("demo.tiny_vlm:make_tiny_vlm", "write a small random Qwen2.5-VL"),
 }
 USAGE = "usage: lerobot-vla0 COMMAND [--option=value ...]\n\ncommands:\n" + "\n".join(

@@ -221,7 +221,7 @@ CASES += [
     ),
     # curve
     ("curve --out=x.png", "log"),
-    ("curve --log=nowhere --out=x.png", "nowhere"),
+    ("curve --log=nowhere --out=x.png", "log='nowhere' is no file: give what lerobot-train printed"),
     ("curve --log=empty --out=x.png", "empty"),
     ("curve --log=bad --out=x.png", "log='bad' has no line", ("train.log", "", "nothing")),
     ("curve --log=bad --out=x.png", "log='bad' has no line", ("train.log", "", b"\xff\x00")),
@@ -235,8 +235,14 @@ CASES += [
             ("--task=10", r"not \[10\]"), ("--task=-1", r"not \[-1\]"), ("--init_state=50", "init_state=50"),
             ("--init_state=-1", "init_state=-1"), ("--image_size=0", "image_size=0"), ("--assets=nowhere", "assets='nowhere'"),
             ("--suite=libero_goal", "not for libero_goal"), ("--policy.chunk_size=0", "chunk_size=0"),
+            ("--log=nowhere", "log='nowhere' is no file: give what lerobot-train printed"),
+            ("--log=full", "log='full' is no file"), ("--reports=", "reports='' must name results folders"),
+            ("--reports=full,full", "reports='full,full' must name results folders"),
+            ("--reports=full", "reports='full' holds no finished episode: give the --out of `lerobot-vla0 eval`"),
+            ("--reports=nowhere", "reports='nowhere' is no folder: give the --out of `lerobot-vla0 eval`"),
         ]
     ),
+    (f"strip {POLICY} --out=x.png --log=bad", "log='bad' has no line.*: give what", ("train.log", "", "nothing")),
     # eval: its own settings (more in test_libero_evaluate.py)
     *(
         (f"eval {POLICY} --out=out --assets=primitive --suites=libero_object {option}", message)

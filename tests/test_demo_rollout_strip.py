@@ -1,35 +1,15 @@
-from io import BytesIO
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import run_script
-from PIL import Image
+import torch
+from conftest import randomise, run_script
 
 import lerobot_vla0
 from lerobot_vla0.demo import rollout_strip
-from lerobot_vla0.demo.rollout_strip import (
-    HIGHLIGHT,
-    MAX_BYTES,
-    Rollout,
-    StripConfig,
-    Turn,
-    _wrap,
-    compress,
-    draw,
-    play_rollout,
-    read_chat,
-)
-
-COLORS = [(200, 30, 30), (30, 200, 30), (30, 30, 200), (200, 200, 30)]
-
-
-def solid(color, size=256) -> np.ndarray:
-    return np.full((size, size, 3), color, dtype=np.uint8)
-
-
-def noise(size=256, seed=0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
+from lerobot_vla0.demo.rollout_strip import StripConfig, play_rollout, read_chat
+from lerobot_vla0.demo.strip_layout import MAX_BYTES, Rollout
+from lerobot_vla0.libero.results import describe_policy, save_episode
 
 
 class StubEnv:
@@ -58,90 +38,89 @@ class StubEnv:
         return observation, 0.0, ended and self.success, ended and not self.success, info
 
 
+class StubAgent:
+    """Looks every second step, and writes (10 * step, 1), (10 * step, 2), as integers of the task's range,
+    which is the lower half of the data set's."""
+
+    def __init__(self) -> None:
+        config = SimpleNamespace(ensemble_size=1, num_bins=100)
+        self.policy = SimpleNamespace(config=config, decoder=SimpleNamespace(decode_chunk=self.decode))
+        self.resets = 0
+
+    def decode(self, observation, steps):
+        for i in range(steps):
+            yield torch.tensor([[10 * observation.step, i + 1]]) / 2
+
+    def reset(self):
+        self.resets += 1
+
+    def act(self, observation, task):
+        if observation["step"] % 2 == 0:
+            task_range = torch.tensor([[[-1.0, -1.0], [0.0, 0.0]]])
+            seen = SimpleNamespace(step=observation["step"], task_range=task_range)
+            self.queue = list(self.policy.decoder.decode_chunk(seen, 2))
+        return self.queue.pop(0)[0].tolist()
+
+
 @pytest.mark.parametrize("success", [True, False])
 def test_rollout(success):
-    env, resets = StubEnv(success), []
-    agent = SimpleNamespace(reset=lambda: resets.append(1), act=lambda obs, task: (obs["step"], task))
+    env, agent = StubEnv(success), StubAgent()
     rollout = play_rollout(agent, env)
-    assert env.actions == [(0, "fly"), (1, "fly"), (2, "fly")] and resets == [1]
+    assert env.actions == [[0, 0.5], [0, 1], [10, 0.5]] and agent.resets == 1
     assert rollout.instruction == "fly" and rollout.success is success
     assert [observation["step"] for observation in rollout.observations] == [0, 1, 2, 3]
     # LIBERO's images are upside down: the marked corner is now at the bottom right.
     assert [frame[-1, -1, 0] for frame in rollout.frames] == [0, 1, 2, 3]
+    # By the step at which they were written, as they were written.
+    assert rollout.chunks == {0: [[0, 1], [0, 2]], 2: [[20, 1], [20, 2]]}
+    assert agent.policy.decoder.decode_chunk == agent.decode  # as it was
 
 
-def test_chat_is_what_the_policy_gets_and_writes(learnt):
-    """A policy that knows an example by heart writes its bins; the picture is the one that it sees."""
+class RandomEnv(StubEnv):
+    """Observations of LIBERO's kind, other ones at every step."""
+
+    def observation(self):
+        rng = np.random.default_rng(len(self.actions))
+        pixels = {key: rng.integers(0, 256, (64, 64, 3), dtype=np.uint8) for key in ("image", "image2")}
+        state = rng.uniform(-1, 1, 8).astype(np.float32)
+        return {"pixels": pixels, "agent_pos": state}, {"task": "fly", "is_success": self.success}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_integers_are_those_that_were_executed(policy, processors, stream):
+    randomise(policy)
+    policy.config.n_action_steps, policy.config.stream = 2, stream
+    env = RandomEnv(success=False)
+    rollout = play_rollout(lerobot_vla0.Agent(policy, *processors), env)
+    assert list(rollout.chunks) == [0, 2] and not rollout.averaged
+    for step, action in enumerate(env.actions):
+        chunk, executed = rollout.written_for(step)
+        written = torch.tensor(chunk[executed], dtype=torch.float32)
+        assert np.allclose(processors[1](written[None]).numpy()[0], action, atol=1e-5)
+    assert rollout.chunks[0] != rollout.chunks[2]
+
+
+def test_chat_is_what_the_policy_gets_and_wrote(learnt):
+    """Its integers are not decoded again: those of a policy that samples would be others."""
     folder, batch = learnt
     agent = lerobot_vla0.Agent.from_pretrained(folder, device="cpu")
     pixels = {
         key.split(".")[-1]: (batch[key][0] * 255).round().byte().permute(1, 2, 0).numpy()
         for key in ("observation.images.image", "observation.images.image2")
     }
-    state = batch["observation.state"][0].numpy()
-    system, user, assistant = read_chat(agent, {"pixels": pixels, "agent_pos": state}, batch["task"][0])
+    observation = {"pixels": pixels, "agent_pos": batch["observation.state"][0].numpy()}
+    chunks = {0: [[1, 2]], 4: [[3, 4], [5, 6]], 6: [[7, 8]]}
+    rollout = Rollout(batch["task"][0], [{}] * 4 + [observation] * 3, [], chunks=chunks)
+    system, user, assistant = read_chat(agent, rollout, 4)
     assert (system.role, user.role, assistant.role) == ("system", "user", "assistant")
     assert "14 integers (0-1000 each), representing the 2 timesteps" in system.parts[0]
     assert user.parts == [batch["task"][0]]
     # Both cameras side by side.
     assert len(user.pictures) == 1 and user.pictures[0].shape == (56, 112, 3)
     assert np.array_equal(user.pictures[0], np.concatenate(list(pixels.values()), axis=1))
-    written = [[int(word) for word in timestep.split()] for timestep in assistant.parts]
-    assert written == batch["action"][0].tolist()
-
-
-def test_wrap():
-    words = _wrap(["one two three", "four\nfive"], columns=8)
-    assert [(row, column, word) for row, column, word, _ in words] == [
-        (0, 0, "one"), (0, 4, "two"), (1, 0, "three"), (2, 0, "four"), (3, 0, "five"),
-    ]  # fmt: skip
-    assert [color for *_, color in words] == ["black"] * 3 + [HIGHLIGHT] * 2
-
-
-@pytest.fixture
-def chat() -> list[Turn]:
-    return [
-        Turn("system", ["Analyze the input image. " * 12], []),
-        Turn("user", ["pick up the milk\nState: 1 2 3"], [noise(56), noise(56)]),
-        Turn("assistant", [" ".join(["1000"] * 7)] * 8, []),
-    ]
-
-
-@pytest.fixture
-def written(monkeypatch) -> list[str]:
-    """What is drawn as text."""
-    from matplotlib.axes import Axes
-
-    texts, write = [], Axes.text
-    monkeypatch.setattr(
-        Axes, "text", lambda self, x, y, s, **style: texts.append(s) or write(self, x, y, s, **style)
-    )
-    return texts
-
-
-@pytest.mark.parametrize(("success", "outcome"), [(True, "success"), (False, "failure")])
-def test_picture(chat, written, success, outcome):
-    frames = [solid(COLORS[step // 10]) for step in range(31)]
-    rollout = Rollout("pick up the milk", [], frames, success)
-    picture = draw(rollout, [0, 10, 20, 30], 1, chat)
-    width, height = picture.size
-    assert width == 1600 and height < width
-    for i, color in enumerate(COLORS):  # the four frames in a row
-        pixel = picture.getpixel((width * (2 * i + 1) // 8, 250))
-        assert np.allclose(pixel, color, atol=2)
-    assert {"“pick up the milk”", f"{outcome} after 30 steps"} <= set(written)
-    assert {"step 0", "step 10: chat below", "step 20", "step 30"} <= set(written)
-    assert {"system", "user", "assistant", "Analyze", "State:"} <= set(written)
-    assert written.count("1000") == 56
-
-
-@pytest.mark.slow
-def test_file_is_small(chat):
-    """Six frames of noise, which cannot be compressed well."""
-    rollout = Rollout("pick up the milk", [], [noise(seed=i) for i in range(6)])
-    file = compress(draw(rollout, list(range(6)), 2, chat))
-    assert file.startswith(b"\x89PNG") and len(file) <= MAX_BYTES
-    assert Image.open(BytesIO(file)).size[0] == 1600
+    assert assistant.parts == ["3 4", "5 6"]
+    # The rest of a chunk that is not executed is not written.
+    assert read_chat(agent, rollout, 6)[2].parts == ["7 8", "…"]
 
 
 def test_bad_settings(tmp_path, learnt):
@@ -155,7 +134,13 @@ def test_bad_settings(tmp_path, learnt):
 
 @pytest.mark.slow
 def test_command(learnt, process_env, tmp_path):
+    config = lerobot_vla0.options.load_policy_config(learnt[0])
+    settings = describe_policy(config) | {"stand_in_assets": True}
+    row = {"suite": "libero_object", "task_id": 2, "task": "fly", "episode": 0, "init_state": 0}
+    save_episode(tmp_path / "eval", "1/1", settings, row | {"success": True, "steps": 9})
+    (tmp_path / "log").write_text("step:50 smpl:4K ep:40 loss:2.5 grdn:0.563\nstep:100 smpl:8K loss:1.5\n")
     arguments = [f"--policy.path={learnt[0]}", "--policy.device=cpu", f"--out={tmp_path}/new/strip.png"]
+    arguments += [f"--log={tmp_path}/log", f"--reports={tmp_path}/eval"]
     log = run_script("lerobot-vla0", "strip", *arguments, env=process_env).stdout
     assert "Failure after 280 steps" in log and f"Wrote {tmp_path}/new/strip.png" in log
     assert (tmp_path / "new/strip.png").stat().st_size <= MAX_BYTES

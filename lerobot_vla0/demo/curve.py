@@ -42,8 +42,14 @@ def read_log(log: Path) -> dict[str, list[float]]:
     a log to which a run was appended, the run's steps replace those that were there.
 
     Raises:
+        FileNotFoundError: there is no such file.
         ValueError: no such line, or one whose step cannot be told.
     """
+    if not Path(log).is_file():
+        raise FileNotFoundError(
+            f"log={str(log)!r} is no file: give what lerobot-train printed, kept with "
+            "`lerobot-train ... 2>&1 | tee train.log`."
+        )
     # The progress bar ends its lines with \r, log lines end with \n.
     text = Path(log).read_text(errors="replace").replace("\r", "\n")
     lines: dict[int, str] = {}
@@ -68,7 +74,10 @@ def read_log(log: Path) -> dict[str, list[float]]:
             lines = {earlier: line for earlier, line in lines.items() if earlier < step}
         lines[step] = event["metrics"]
     if not lines:
-        raise ValueError(f"log={str(log)!r} has no line with metrics of lerobot-train (step:... loss:...).")
+        raise ValueError(
+            f"log={str(log)!r} has no line with metrics of lerobot-train (step:... loss:...): "
+            "give what lerobot-train printed, kept with `lerobot-train ... 2>&1 | tee train.log`."
+        )
     metrics: dict[str, list[float]] = {"step": list(lines)}
     for name in METRICS:
         values = [re.search(rf"\b{name}:(\S+)", line) for line in lines.values()]
