@@ -11,6 +11,8 @@ from lerobot_vla0.demo import record as module
 from lerobot_vla0.demo.record import RecordConfig, features, record
 
 pytestmark = pytest.mark.slow
+MILK = "pick up the milk and place it in the basket"  # task 7
+BUTTER = "pick up the butter and place it in the basket"  # another of the objects in its scene
 
 
 def load(folder):
@@ -27,7 +29,7 @@ def test_data_set_has_the_keys_shapes_and_rate_of_lerobot_libero(libero_dataset)
     frame = dataset[0]
     assert frame["observation.images.image"].shape == (3, 256, 256)
     assert frame["observation.state"].shape == (8,) and frame["action"].shape == (7,)
-    assert frame["task"] == "pick up the milk and place it in the basket"
+    assert frame["task"] == MILK
     actions = np.stack([dataset[i]["action"] for i in range(len(dataset))])
     assert np.abs(actions).max() <= 1 and set(np.unique(actions[:, 6])) == {-1.0, 1.0}
     assert dataset.meta.stats["action"]["min"].shape == (7,)
@@ -62,11 +64,11 @@ def test_what_ends_a_recording_keeps_its_episodes(tmp_path, throw_away, monkeypa
     """After the first episode; before it, nothing is left that would block the next try."""
     out, calls, play = tmp_path / "data", [], module.play_episode
 
-    def stop(config, task, episode):
+    def stop(config, task, instruction, episode):
         calls.append(episode)
         if len(calls) != 2:
             raise KeyboardInterrupt
-        return play(config, task, episode)
+        return play(config, task, instruction, episode)
 
     monkeypatch.setattr(module, "play_episode", stop)
     config = RecordConfig(out=out, tasks=[7], assets="primitive", image_size=64, video=True)
@@ -78,7 +80,39 @@ def test_what_ends_a_recording_keeps_its_episodes(tmp_path, throw_away, monkeypa
     assert calls == [0, 0, 1] and [path.name for path in tmp_path.iterdir()] == ["data"]
     assert load(out).num_episodes == 1 and load(out)[0]["observation.images.image"].shape == (3, 64, 64)
     info = json.loads((out / "recording.json").read_text())
-    assert info["tried"] == 1 and info["episodes"] == [{"task_id": 7, "init_state": 0}]
+    assert info["tried"] == 1
+    assert info["episodes"] == [{"task_id": 7, "instruction": MILK, "init_state": 0}]
+
+
+def test_episodes_with_other_instructions(tmp_path, throw_away, monkeypatch):
+    """One with the scene's own instruction and one with another are played; the other four fail."""
+    from lerobot_vla0.libero.simulator import Cameras
+
+    play, out = module.play_episode, tmp_path / "data"
+
+    def some(config, task, instruction, episode):
+        return play(config, task, instruction, episode) if instruction in (MILK, BUTTER) else []
+
+    monkeypatch.setattr(module, "play_episode", some)
+    monkeypatch.setattr(Cameras, "draw", lambda self, name: np.zeros((32, 32, 3), np.uint8))  # takes long
+    config = RecordConfig(out=out, tasks=[7], episodes=1, other_episodes=1, assets="primitive", image_size=32)
+    record(config)
+    info = json.loads((out / "recording.json").read_text())
+    assert info["tried"] == 6 and info["settings"]["other_episodes"] == 1
+    kept = [(episode["task_id"], episode["instruction"]) for episode in info["episodes"]]
+    assert kept == [(7, MILK), (7, BUTTER)]
+    episodes = load(out).meta.episodes
+    assert [episode["tasks"] for episode in episodes] == [[MILK], [BUTTER]]
+
+
+@pytest.mark.parametrize("others", [0, 1])
+def test_jobs(monkeypatch, others):
+    monkeypatch.setattr(
+        module, "goals_in_scene", lambda suite, task: dict.fromkeys((f"own {task}", "b", "c"))
+    )
+    config = RecordConfig(out=Path("data"), tasks=[3, 4], episodes=2, other_episodes=others)
+    own = [(4, "own 4", 0), (4, "own 4", 1)]
+    assert module.jobs_of(config, 4) == [*own, (4, "b", 0), (4, "c", 0)][: 2 + 2 * others]
 
 
 def test_workers_end_with_a_killed_recording(tmp_path, process_env):
@@ -108,4 +142,10 @@ def test_workers_end_with_a_killed_recording(tmp_path, process_env):
 def test_nothing_to_record(tmp_path, overrides):
     with pytest.raises(ValueError, match="nothing to record"):
         record(RecordConfig(out=tmp_path / "data", **overrides))
+    assert not (tmp_path / "data").exists()
+
+
+def test_other_episodes_below_zero(tmp_path):
+    with pytest.raises(ValueError, match="other_episodes=-1 must be at least 0"):
+        record(RecordConfig(out=tmp_path / "data", other_episodes=-1))
     assert not (tmp_path / "data").exists()

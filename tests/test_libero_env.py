@@ -2,7 +2,7 @@ import multiprocessing
 import os
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import gymnasium
 import numpy as np
@@ -64,7 +64,9 @@ def simulator(monkeypatch):
     module.LiberoEnv, module._get_suite = Simulator, lambda name: name
     monkeypatch.setitem(sys.modules, "lerobot.envs.libero", module)
     monkeypatch.setattr(env, "prepare_libero", lambda suite, assets: None)
-    monkeypatch.setattr(env, "make_simulator", lambda file, size, freq: (None, Simulator(size)))
+    inner = SimpleNamespace(env=SimpleNamespace(parsed_problem={}))
+    monkeypatch.setattr(env, "make_simulator", lambda file, size, freq: (inner, Simulator(size)))
+    monkeypatch.setattr(env, "goal_of", lambda suite, task_id, instruction: [])
     monkeypatch.setattr(env.LiberoEnv, "_rendering_process", None)
     return env
 
@@ -108,6 +110,17 @@ def test_chunks_end_at_the_step_limit(simulator):
             (8, False),
             (1, True),
         ]
+
+
+def test_chunks_end_where_the_caller_says(simulator):
+    env, asked = simulator.LiberoEnv(image_size=16, max_episode_steps=10), []
+    env.reset()
+    *_, terminated, truncated, info = env.step_chunk(
+        np.zeros((8, 7)), until=lambda: asked.append(1) or len(asked) == 3
+    )
+    assert (terminated, truncated, info["steps"], len(asked)) == (False, False, 3, 3)
+    *_, truncated, info = env.step_chunk(np.zeros((8, 7)), until=lambda: False)
+    assert truncated and info["steps"] == 7
 
 
 @pytest.mark.parametrize(
@@ -185,11 +198,8 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
-def test_step_limit_beyond_the_suites_in_the_simulator(monkeypatch):
-    from lerobot_vla0.libero.simulator import Cameras
-
-    monkeypatch.setattr(Cameras, "draw", lambda self, name: np.zeros((16, 16, 3), np.uint8))  # takes long
-    env = gymnasium.make(ID, max_episode_steps=283, image_size=16, assets="primitive")
+def test_step_limit_beyond_the_suites_in_the_simulator(no_pictures):
+    env = gymnasium.make(ID, max_episode_steps=283, **SMALL)
     try:
         assert steps_of(env) == 283  # libero_object has 280
     finally:
@@ -243,6 +253,63 @@ def test_episode():
         assert np.array_equal(env.render(), chosen["pixels"]["image"])
     finally:
         env.close()
+
+
+@pytest.fixture
+def no_pictures(monkeypatch) -> None:
+    """They take most of the time of a step."""
+    from lerobot_vla0.libero.simulator import Cameras
+
+    monkeypatch.setattr(Cameras, "draw", lambda self, name: np.zeros((32, 32, 3), np.uint8))
+
+
+MILK = "pick up the milk and place it in the basket"  # task 7
+BUTTER = "pick up the butter and place it in the basket"  # another of the objects in its scene
+
+
+@pytest.mark.slow
+def test_instruction_of_another_task(no_pictures):
+    """Its goal counts where it was given, and the own one again afterwards, in the same environment."""
+    from lerobot_vla0.demo.expert import PickAndPlaceExpert
+
+    env = gymnasium.make(ID, task_id=7, init_state=1, **SMALL).unwrapped
+    try:
+        _, info = env.reset(options={"instruction": BUTTER})
+        assert (info["task"], env.task, env.task_description, env.reached()) == (BUTTER, BUTTER, BUTTER, [])
+        expert, actions, terminated = PickAndPlaceExpert(env.simulator), [], False
+        while not terminated:
+            actions.append(expert.act())
+            _, reward, terminated, truncated, info = env.step(actions[-1])
+            assert not truncated
+        assert (reward, info["is_success"], info["task"], env.reached()) == (1.0, True, BUTTER, [BUTTER])
+
+        with pytest.raises(ValueError, match="instruction='fly' has no goal in the scene of libero_object"):
+            env.reset(options={"instruction": "fly"})
+        _, info = env.reset()
+        assert info["task"] == env.task == MILK
+        *_, terminated, _, info = env.step_chunk(np.array(actions))
+        assert env.reached() == [BUTTER] and info["steps"] == len(actions)
+        assert not terminated and not info["is_success"]
+    finally:
+        env.close()
+
+    env = gymnasium.make(ID, task_id=7, init_state=1, instruction=BUTTER, **SMALL).unwrapped
+    try:
+        for instruction in (MILK, BUTTER):  # the last without an option
+            options = {"instruction": instruction} if instruction == MILK else None
+            assert env.reset(options=options)[1]["task"] == instruction
+            _, reward, terminated, _, info = env.step_chunk(np.array(actions))
+            assert terminated == info["is_success"] == (reward == 1.0) == (instruction == BUTTER)
+    finally:
+        env.close()
+
+
+@pytest.mark.slow
+def test_instruction_that_the_scene_does_not_allow():
+    with pytest.raises(
+        ValueError, match="has no goal in the scene of libero_object, task 7. There, LIBERO know"
+    ):
+        gymnasium.make(ID, task_id=7, instruction="pick up the bbq sauce and place it in the basket", **SMALL)
 
 
 @pytest.mark.slow

@@ -171,7 +171,8 @@ def _record(config: RecordConfig, folder: Path) -> BaseException | None:
 _environment: tuple[Any, LiberoEnv] | None = None
 
 
-def _switch_environment(suite: str, task: int, image_size: int, assets: str) -> LiberoEnv:
+def switch_environment(suite: str, task: int, image_size: int, assets: str) -> LiberoEnv:
+    """This process's environment of a task; the one of another task is closed."""
     global _environment
     arguments = suite, task, image_size, assets
     if _environment is None or _environment[0] != arguments:
@@ -190,7 +191,7 @@ def jobs_of(config: RecordConfig, task: int) -> list[tuple[int, str, int]]:
 
 def play_episode(config: RecordConfig, task: int, instruction: str, episode: int) -> list[dict[str, Any]]:
     """Frames of one episode of the expert, without no-ops; none if it did not succeed."""
-    env = _switch_environment(config.suite, task, config.image_size, config.assets)
+    env = switch_environment(config.suite, task, config.image_size, config.assets)
     options = {"init_state": episode % config.init_states, "instruction": instruction}
     observation, info = env.reset(options=options)
     expert = PickAndPlaceExpert(env.simulator)

@@ -5,6 +5,7 @@ vector, seeds that decide the initial state, truncation at the suite's step limi
 """
 
 import os
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import gymnasium as gym
@@ -13,7 +14,7 @@ from gymnasium import spaces
 
 from .assets import prepare_libero
 from .config import SIMULATOR_SEED
-from .instructions import goal_of
+from .instructions import goal_of, goals_in_scene
 from .simulator import Cameras, make_simulator
 from .suites import MAX_STEPS, check_task_ids
 
@@ -153,12 +154,15 @@ class LiberoEnv(gym.Env):
         del info["steps"]
         return observation, reward, terminated, truncated, info
 
-    def step_chunk(self, actions: np.ndarray) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
+    def step_chunk(
+        self, actions: np.ndarray, until: Callable[[], Any] | None = None
+    ) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
         """`step` for several actions, of which only the last observation is returned, and only its pictures
         are rendered. Everything returned is bit for bit what single steps return.
 
         Args:
             actions: (n, 7), n at least 1. Those behind success or the step limit are not executed.
+            until: asked after each action; if it says yes, the actions behind are not executed either.
 
         Returns:
             As `step`, of the last step executed; `info` has `steps`, the number of actions executed.
@@ -174,10 +178,17 @@ class LiberoEnv(gym.Env):
             observation, reward, terminated, _, info = self._env.step(action)
             self._steps += 1
             truncated = not terminated and self._steps >= self._max_episode_steps
-            if terminated or truncated:
+            if terminated or truncated or (until is not None and until()):
                 break
         info = {**self._info(bool(info["is_success"])), "steps": self._steps - before}
         return self._observation(observation), float(reward), bool(terminated), truncated, info
+
+    def reached(self) -> list[str]:
+        """Instructions whose goals hold now, of all that this scene allows (`goals_in_scene`), whichever of
+        them was given. After the first reset."""
+        holds = self.simulator.env._eval_predicate
+        goals = goals_in_scene(self.suite, self.task_id)
+        return [instruction for instruction, goal in goals.items() if all(map(holds, goal))]
 
     def _info(self, is_success: bool) -> dict[str, Any]:
         return {

@@ -1,0 +1,209 @@
+"""Does a policy do what it is told, or what the scene suggests? `python -m lerobot_vla0.demo.follow_words
+--policy.path=<checkpoint> --out=<folder>` gives it the other instructions that the scene of each task allows;
+an episode ends as soon as the goal of any of them is in place.
+"""
+
+import json
+import os
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from ..agent import Agent
+from ..files import check_place, new_folder
+from ..libero.assets import asset_name, is_primitive, prepare_libero
+from ..libero.env import LiberoEnv
+from ..libero.instructions import goals_in_scene
+from ..libero.report import wilson
+from ..libero.results import describe_policy
+from ..libero.suites import NUM_INIT_STATES, TASKS, check_task_ids
+from ..modeling_vla0 import VLA0Policy
+from ..options import PolicyOptions, parse_options
+from ..processor_vla0 import load_processors
+from ..workers import map_in_order
+from .record import check_image_size, switch_environment
+
+# What an episode ended with: the goal that was asked for, that of the scene's own task, that of another
+# instruction, or none until the step limit. HELD: the goal asked for was in place before the first step.
+ASKED, OWN, ANOTHER, NONE, HELD = OUTCOMES = "asked", "own", "another", "none", "held"
+Row = dict[
+    str, Any
+]  # an episode: task_id, init_state, instruction, own (whether that is the scene's), outcome
+
+
+@dataclass(kw_only=True)
+class FollowConfig(PolicyOptions):
+    """Which policy, in which scenes. `--policy.path=` names the checkpoint; its fields can be overridden
+    (`--policy.device=cpu`)."""
+
+    # New folder of the results: words.json and words.md.
+    out: Path
+    # LIBERO suite. In libero_object a scene has six objects to pick up, in libero_goal all ten tasks.
+    suite: str = "libero_object"
+    # Task ids of the suite, whose scenes are used; None takes all.
+    tasks: list[int] | None = None
+    # Episodes per scene and instruction; episode i starts from stored initial state first_init_state + i.
+    episodes: int = 2
+    # The first stored initial state (0..49).
+    first_init_state: int = 0
+    # LIBERO's assets: auto, real, primitive, or a folder.
+    assets: str = "auto"
+    # Side of the camera images in pixels; as in the data that the policy was trained on.
+    image_size: int = 256
+    # Processes that play episodes, each with the policy; 1 plays in this one.
+    workers: int = 1
+
+
+def follow_words(config: FollowConfig) -> Path:
+    """Plays the episodes, prints and writes the result, and returns its folder.
+
+    Raises:
+        ValueError: no policy, a setting out of range, or a suite whose scenes allow one instruction only.
+        FileExistsError: `out` exists and is not empty.
+    """
+    global _agent
+    policy = config.require_policy("which policy?")
+    check_task_ids(config.suite, config.tasks)
+    check_image_size(config.image_size)
+    last_start = NUM_INIT_STATES - config.episodes
+    if min(config.episodes, config.workers) < 1 or not 0 <= config.first_init_state <= last_start:
+        raise ValueError(
+            f"episodes={config.episodes}, first_init_state={config.first_init_state}, "
+            f"workers={config.workers}: at least 1 episode and process, and initial states in 0..49."
+        )
+    check_place(config.out, "new folder")
+    assets = prepare_libero(config.suite, config.assets)
+    config.assets = str(assets)  # found, or downloaded, once: the workers get the folder
+    policy.stream = False  # of use only where somebody waits for the first action of a chunk
+    jobs = jobs_of(config)
+    if not any(not own for _, _, own, _ in jobs):
+        raise ValueError(
+            f"suite={config.suite!r}, tasks={config.tasks}: these scenes allow no instruction but their own. "
+            "Take libero_object or libero_goal."
+        )
+    _agent = None  # that of an earlier call
+    played = map_in_order(partial(play_job, config), jobs, config.workers)
+    rows = list(tqdm(played, desc="Playing", unit="episode", total=len(jobs)))
+    settings = describe_policy(policy) | {
+        "suite": config.suite, "tasks": config.tasks, "episodes": config.episodes,
+        "first_init_state": config.first_init_state, "image_size": config.image_size,
+        "assets": asset_name(assets), "stand_in_assets": is_primitive(assets),
+    }  # fmt: skip
+    report = report_of(rows, config.suite, is_primitive(assets))
+    content = {"settings": settings, "summary": summary_of(rows), "episodes": rows}
+    with new_folder(config.out) as folder:
+        (folder / "words.json").write_text(json.dumps(content, indent=2))
+        (folder / "words.md").write_text(report)
+    print(f"{report}\nWrote {config.out}")
+    return Path(config.out)
+
+
+def jobs_of(config: FollowConfig) -> list[tuple[int, str, bool, int]]:
+    """(task, instruction, whether it is the scene's own, initial state) of each episode."""
+    states = range(config.first_init_state, config.first_init_state + config.episodes)
+    return [
+        (task, instruction, number == 0, state)
+        for task in config.tasks or range(len(TASKS[config.suite]))
+        for number, instruction in enumerate(goals_in_scene(config.suite, task))
+        for state in states
+    ]
+
+
+_agent: Agent | None = None  # of this process, loaded once
+
+
+def load_agent(config: FollowConfig) -> Agent:
+    """The policy, for one of the worker processes."""
+    if config.workers > 1:  # with as many threads each as there are cores, they get into each other's way
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // config.workers))
+    path = str(config.policy.pretrained_path)
+    policy = VLA0Policy.from_pretrained(path, config=config.policy)
+    return Agent(policy, *load_processors(config.policy, path))
+
+
+def play_job(config: FollowConfig, task: int, instruction: str, own: bool, init_state: int) -> Row:
+    """Plays one of `jobs_of`, in whichever process."""
+    global _agent
+    _agent = _agent or load_agent(config)
+    env = switch_environment(config.suite, task, config.image_size, config.assets)
+    row = {"task_id": task, "init_state": init_state, "instruction": instruction, "own": own}
+    return row | {"outcome": play_episode(env, _agent, instruction, init_state)}
+
+
+def play_episode(env: LiberoEnv, agent: Agent, instruction: str, init_state: int) -> str:
+    """One of `OUTCOMES`: which goal is in place first, after any step, that was not before. With the scene's
+    own instruction, a success is "asked"."""
+    observation, _ = env.reset(options={"init_state": init_state, "instruction": instruction})
+    before = set(env.reached())
+    if instruction in before:
+        return HELD
+    own = next(iter(goals_in_scene(env.suite, env.task_id)))
+    memory, truncated = agent.policy.decoder.new_episodes(1), False
+    while not truncated:
+        batch = {"pixels": {key: image[None] for key, image in observation["pixels"].items()}}
+        batch["agent_pos"] = observation["agent_pos"][None]
+        chunk = agent.act_chunk(batch, [instruction], memory)[0]
+        observation, _, _, truncated, _ = env.step_chunk(chunk, until=lambda: set(env.reached()) - before)
+        reached = set(env.reached()) - before
+        if reached:
+            return ASKED if instruction in reached else OWN if own in reached else ANOTHER
+    return NONE
+
+
+def summary_of(rows: list[Row]) -> dict[str, Any]:
+    """How often the policy does what it is told, in the scenes (task and initial state) that it solves with
+    their own instruction: elsewhere it may understand and fail. `share` and `interval` (95 %, Wilson) are
+    None if there is no such scene."""
+    solved = {(row["task_id"], row["init_state"]) for row in rows if row["own"] and row["outcome"] == ASKED}
+    others = [row for row in rows if not row["own"] and row["outcome"] != HELD]
+    counted = [row for row in others if (row["task_id"], row["init_state"]) in solved]
+    asked = sum(row["outcome"] == ASKED for row in counted)
+    return {
+        "scenes": sum(row["own"] for row in rows),
+        "scenes_solved": len(solved),
+        "other_instructions": Counter(row["outcome"] for row in others),
+        "asked": asked,
+        "of": len(counted),
+        "share": asked / len(counted) if counted else None,
+        "interval": wilson(asked, len(counted)) if counted else None,
+    }
+
+
+def report_of(rows: list[Row], suite: str, stand_ins: bool) -> str:
+    """The result as Markdown: a table with a line per task's scene, and the share."""
+    lines = [f"# Does it follow the words? {suite}", ""]
+    if stand_ins:
+        lines += ["**Run on stand-in assets: these are not LIBERO scores.**", ""]
+    lines += ["| scene of task | own instruction: solved | others: asked | own | another | none |"]
+    lines += ["|---|---|---|---|---|---|"]
+    tasks = {row["task_id"]: row["instruction"] for row in rows if row["own"]}
+    for task in (*tasks, None):
+        mine = [row for row in rows if task in (row["task_id"], None)]
+        own = [row["outcome"] for row in mine if row["own"]]
+        counts = Counter(row["outcome"] for row in mine if not row["own"])
+        scene = "**all**" if task is None else f"{task}: {tasks[task]}"
+        cells = [scene, f"{own.count(ASKED)}/{len(own)}", *(counts[o] for o in (ASKED, OWN, ANOTHER, NONE))]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    summary = summary_of(rows)
+    solved = f"{summary['scenes_solved']} of {summary['scenes']} scenes (task and initial state)"
+    lines += ["", f"It solves {solved} with their own instruction."]
+    if summary["of"]:
+        low, high = (100 * limit for limit in summary["interval"])
+        lines[-1] += (
+            f" There, with another one, it does what it is asked in {summary['asked']}/{summary['of']} = "
+            f"{100 * summary['share']:.1f} % of the episodes (95 % interval {low:.1f}–{high:.1f} %)."
+        )
+    held = sum(row["outcome"] == HELD for row in rows)
+    if held:
+        lines += ["", f"Not counted: {held} episodes whose goal was in place before the first step."]
+    return "\n".join([*lines, ""])
+
+
+if __name__ == "__main__":
+    follow_words(parse_options(FollowConfig, "follow_words", sys.argv[1:]))
