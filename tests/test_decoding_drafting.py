@@ -1,13 +1,23 @@
 import pytest
 
-from lerobot_vla0.decoding.drafting import AcceptanceRate, Drafter
+from lerobot_vla0.decoding.drafting import Drafter, initial_rates
 from lerobot_vla0.decoding.grammar import IntegerGrammar, PartialAnswer
 
 GRAMMAR = IntegerGrammar(8, 1000, list(range(15, 25)), 220, 300)  # four timesteps of two
 
 
-def unreliable() -> AcceptanceRate:
-    return AcceptanceRate(accepted=0.1, total=10.0)
+def rates(**scores: float) -> dict:
+    """Of sources about which much is known."""
+    result = initial_rates()
+    for source, score in scores.items():
+        result[source].score = result[source].right = score
+        result[source].total = 10
+    return result
+
+
+def unreliable() -> dict:
+    """Predictions after a rejected symbol are mostly wrong."""
+    return rates(predicted=0.01)
 
 
 def make(length: int = 31, **settings) -> Drafter:
@@ -28,7 +38,7 @@ def test_drafts_the_middle_of_the_range_where_nothing_is_known():
     one = PartialAnswer([1])
     assert make(length=6).draft(PartialAnswer(), 8) == symbols(500, 500)[:6]
     assert make(length=4).draft(one, 8) == symbols(500, after=one)
-    assert make(acceptance=unreliable()).draft(one, 8) == []
+    assert make(rates=unreliable()).draft(one, 8) == []
 
 
 def test_copies_the_timestep_before():
@@ -49,7 +59,7 @@ def test_completes_what_is_written():
 
 
 def test_remembers_the_last_answer():
-    drafter = make(acceptance=unreliable())
+    drafter = make(rates=unreliable())
     drafter.remember([1, 2, 3, 4, 5, 6, 7, 8], executed=2)
     drafter.start()
     # The two timesteps that were not executed, then their extrapolation.
@@ -58,13 +68,11 @@ def test_remembers_the_last_answer():
     assert drafter.draft(PartialAnswer(), 6) == []
 
 
-@pytest.mark.parametrize(
-    ("acceptance", "expected"), [(AcceptanceRate(accepted=9, total=10), 497), (unreliable(), 500)]
-)
-def test_learns_the_predictions_after_a_rejected_symbol(acceptance, expected):
+@pytest.mark.parametrize(("known", "expected"), [(rates(predicted=0.9), 497), (unreliable(), 500)])
+def test_learns_the_predictions_after_a_rejected_symbol(known, expected):
     """If they are unreliable, only the correction itself (23) counts; what follows is a copy."""
     answer, after = PartialAnswer([500, 20]), PartialAnswer([500, 20, 500])
-    drafter = make(acceptance=acceptance)
+    drafter = make(rates=known)
     draft = drafter.draft(answer, 6)
     assert draft == symbols(500, 20, 500, 20, after=answer)
     drafter.learn(answer, draft, symbols(500, 23, 497, 20, after=answer))
@@ -72,9 +80,9 @@ def test_learns_the_predictions_after_a_rejected_symbol(acceptance, expected):
     assert drafter.draft(after, 6) == symbols(23, expected, last, after=after)
 
 
-@pytest.mark.parametrize(("acceptance", "expected"), [(AcceptanceRate(), 312), (unreliable(), 319)])
-def test_completes_a_correction_close_to_the_draft_if_predictions_are_unreliable(acceptance, expected):
-    answer, drafter = PartialAnswer([500, 320]), make(acceptance=acceptance)
+@pytest.mark.parametrize(("known", "expected"), [(initial_rates(), 312), (unreliable(), 319)])
+def test_completes_a_correction_close_to_the_draft_if_predictions_are_unreliable(known, expected):
+    answer, drafter = PartialAnswer([500, 320]), make(rates=known)
     draft = drafter.draft(answer, 6)
     # The "3" of 320 is accepted, "1" is the correction.
     drafter.learn(answer, draft, symbols(500, 312, 500, 320, after=answer))
@@ -82,18 +90,38 @@ def test_completes_a_correction_close_to_the_draft_if_predictions_are_unreliable
     assert drafter.draft(after, 4) == symbols(expected, after=after)
 
 
-def test_acceptance_is_how_good_predictions_turned_out_to_be():
+def test_rates_are_how_good_guesses_turned_out_to_be():
     drafter, answer = make(), PartialAnswer([500, 20])
     draft = drafter.draft(answer, 8)
     drafter.learn(answer, draft, symbols(501, 999, 777, 999, 777, 999, after=answer)[: len(draft)])
     after = PartialAnswer([500, 20, 501, 20, 502, 20])
     assert drafter.draft(after, 8) == symbols(503, 20, after=after)  # extrapolated as before
-    assert drafter.acceptance.value < 0.4
+    # Three predictions were wrong. As copies, 20 was right twice, 501 and 502 were not.
+    assert drafter.rates["predicted"].right == pytest.approx(0.5 * 0.9**3)
+    assert drafter.rates["copy"].right == pytest.approx((0.4 * 10 + 2) / 14, abs=0.02)
+    assert drafter.rates["previous"].total == 10
+    known = drafter.rates["predicted"].score
+    drafter.draft(after, 8)
     drafter.reset()
-    assert drafter.acceptance.value < 0.4  # depends on the model, not on the episode
-    for _ in range(20):
-        drafter.acceptance.update(1.0)
-    assert drafter.acceptance.value > 0.8
+    assert drafter.rates["predicted"].score == known  # counted once; depends on the model, not on the episode
+    for _ in range(30):
+        drafter.rates["predicted"].update(7, 7)
+    assert drafter.rates["predicted"].score > 0.8
+
+
+def test_a_source_that_fails_is_not_believed_across_answers():
+    """A policy that plans something else at every look: its last answer is no guess of the next one."""
+    drafter = make()
+    for first in range(100, 600, 100):
+        drafter.start()
+        drafter.draft(PartialAnswer([first, 7] * 4), 8)
+        drafter.remember([first, 7] * 4, executed=1)
+    drafter.start()
+    assert drafter.rates["previous"].right < 0.6 < drafter.rates["copy"].right
+    after = PartialAnswer([900, 7])
+    assert drafter.draft(after, 4) == symbols(900, 7, after=after)
+    drafter.rates = rates(previous=0.95)
+    assert drafter.draft(after, 4) != symbols(900, 7, after=after)
 
 
 def test_learns_that_a_number_is_shorter():
@@ -108,13 +136,13 @@ def test_learns_that_a_number_is_shorter():
 def test_drafts_only_what_is_worth_its_cost():
     # No timestep is like the one before: after one integer, the probability that all is right is below 0.2.
     answer = PartialAnswer([1, 2, 300, 400, 50, 600])
-    everything = make(acceptance=unreliable()).draft(answer, 8)
-    careful = make(worth=0.2, acceptance=unreliable()).draft(answer, 8)
+    everything = make(rates=unreliable()).draft(answer, 8)
+    careful = make(worth=0.2, rates=unreliable()).draft(answer, 8)
     assert careful.count(GRAMMAR.space) == 1 and everything[: len(careful)] == careful != everything
     # Where the predictions after a rejected symbol are reliable, any draft is worth making.
     assert make(worth=0.2).draft(answer, 8) == everything
     constant = PartialAnswer([1, 2] * 3)
-    assert make(worth=0.2, acceptance=unreliable()).draft(constant, 8) == symbols(1, 2, after=constant)
+    assert make(worth=0.2, rates=unreliable()).draft(constant, 8) == symbols(1, 2, after=constant)
 
 
 def test_no_drafts():

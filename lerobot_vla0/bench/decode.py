@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
+from ..decoding.drafting import initial_rates
 from ..files import check_place, new_file
 from ..modeling_vla0 import VLA0Policy
 from ..options import load_policy_config, override_arguments
@@ -87,7 +88,9 @@ def bench_decode(config: BenchDecodeConfig) -> dict[str, Any]:
             run_mode(policy, mode, chunks)
     with tqdm(total=config.repeats * len(batches) * len(modes), desc="Decoding", unit="run") as bar:
         for repeat in range(config.repeats):
-            for workload, chunks in batches:
+            for number, (workload, chunks) in enumerate(batches):
+                if number == 0 or workload != batches[number - 1][0]:
+                    policy.decoder.rates = initial_rates()  # drafts learn within a workload
                 runs: dict[str, Run] = {}
                 for mode in modes:
                     bar.set_postfix(workload=workload, mode=mode, refresh=False)

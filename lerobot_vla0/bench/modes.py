@@ -74,7 +74,7 @@ def _run_ours(policy: VLA0Policy, mode: str, chunks: list[Chunk], inputs: dict[s
     drafters = {
         "plain": None,
         "forced": [Drafter(decoder.grammar, decoder.action_dim, length=0) for _ in chunks],
-        "drafts": [decoder.make_drafter(len(chunks)) for _ in chunks],
+        "drafts": [decoder.make_drafter(len(chunks), decoder.rates) for _ in chunks],
     }[mode]
     for drafter, chunk in zip(drafters or [], chunks, strict=False):
         drafter.remember(chunk.previous, executed=1)

@@ -21,7 +21,7 @@ from ..configuration_vla0 import VLA0Config
 from ..examples import ExampleMaker, Observation
 from ..task_stats import to_data_set_bins
 from . import engine
-from .drafting import AcceptanceRate, Drafter
+from .drafting import AcceptanceRate, Drafter, initial_rates
 from .ensembling import TemporalEnsembler
 from .kv_cache import KVCache
 from .prepack import can_prepack, prepack
@@ -137,9 +137,7 @@ class ChunkDecoder:
     def __init__(self, config: VLA0Config, model: nn.Module, examples: ExampleMaker) -> None:
         self.config, self.model, self.examples = config, model, examples
         self.grammar, self.action_dim = examples.chat.grammar, examples.action_dim
-        # Shared by all environments and episodes: how well the model predicts the tokens that follow a wrong
-        # draft depends on how it was trained.
-        self.acceptance = AcceptanceRate()
+        self.rates = initial_rates()  # of drafts; shared by all environments and episodes
         self._kept, self._modules = Kept(), []
         self.release()
         backbone.language_model(model).register_load_state_dict_post_hook(self._weights_loaded)
@@ -165,17 +163,15 @@ class ChunkDecoder:
 
     def new_episodes(self, rows: int) -> list[EpisodeState]:
         """States of `rows` environments that act together."""
-        return [
-            EpisodeState.begin(self.config, self.make_drafter(rows, self.acceptance)) for _ in range(rows)
-        ]
+        return [EpisodeState.begin(self.config, self.make_drafter(rows, self.rates)) for _ in range(rows)]
 
-    def make_drafter(self, rows: int = 1, acceptance: AcceptanceRate | None = None) -> Drafter:
+    def make_drafter(self, rows: int = 1, rates: dict[str, AcceptanceRate] | None = None) -> Drafter:
         """A drafter for one of `rows` rows that are decoded together, as `config.draft_length` asks for."""
         length, worth = self.config.draft_length, 0.0
         if length is None:
             length, tokens, worth = DRAFTS["cpu" if self.model.device.type == "cpu" else "cuda"]
             length = min(length, max(1, tokens // rows))
-        return Drafter(self.grammar, self.action_dim, length, min(MAX_WORTH, rows * worth), acceptance)
+        return Drafter(self.grammar, self.action_dim, length, min(MAX_WORTH, rows * worth), rates)
 
     @torch.no_grad()
     def decode_chunk(

@@ -11,31 +11,37 @@ from dataclasses import dataclass
 
 from .grammar import IntegerGrammar, PartialAnswer
 
-# Probability that a guess is right, assumed before there is evidence, by its source: the last answer for the
-# same timestep, the timestep before, the last two timesteps extrapolated, and the middle of the range, where
-# nothing is known.
-PRIOR = {"previous": 0.7, "copy": 0.5, "linear": 0.3, "middle": 0.02}
-LOOK_BACK = 3  # timesteps on which sources are compared
-DECAY = 0.9  # of the weight of an acceptance rate's older evidence, with each new prediction
+# Where guesses come from: what the model predicted after a rejected symbol, the last answer for the same
+# timestep, the timestep before, the last two timesteps extrapolated. {source: (probability that a guess is
+# right, assumed before there is evidence; decay of older evidence with each new guess)}. Predictions are much
+# better in some situations than in others; the other sources mostly differ between policies.
+SOURCES = {"predicted": (0.5, 0.9), "previous": (0.5, 0.995), "copy": (0.4, 0.995), "linear": (0.2, 0.995)}
+MIDDLE = 0.02  # the same probability of the middle of the range, which is guessed where nothing is known
+LOOK_BACK = 3  # timesteps of the answer on which sources are compared, besides all earlier evidence
 # From this acceptance rate on, a draft is worth making for the predictions after it, even if it is rejected.
 RELIABLE = 0.25
 
 
 @dataclass
 class AcceptanceRate:
-    """Running mean of how good the model's predictions after a rejected symbol turn out to be. It depends on
-    how the model was trained, so all rows and episodes share one."""
+    """Running means of how good the guesses of one source turn out to be. That depends on the policy and on
+    how often it looks, so all rows and episodes share them."""
 
-    accepted: float = 1.0
-    total: float = 2.0
+    score: float  # mean score, in 0..1, see `_score`
+    right: float  # share of guesses that were right
+    decay: float
+    total: float = 10.0  # guesses counted, older ones less; at first, the assumption as ten
 
-    def update(self, score: float) -> None:
-        """Counts one prediction, with a score in [0, 1] from `_score`."""
-        self.accepted, self.total = DECAY * self.accepted + score, DECAY * self.total + 1
+    def update(self, guess: int, true: int) -> None:
+        old = self.decay * self.total
+        self.total = old + 1
+        self.score = (old * self.score + _score(guess, true)) / self.total
+        self.right = (old * self.right + (guess == true)) / self.total
 
-    @property
-    def value(self) -> float:
-        return self.accepted / self.total
+
+def initial_rates() -> dict[str, AcceptanceRate]:
+    """The rates of all sources, before there is evidence."""
+    return {source: AcceptanceRate(prior, prior, decay) for source, (prior, decay) in SOURCES.items()}
 
 
 class Drafter:
@@ -48,7 +54,7 @@ class Drafter:
         worth: in 0..1; an integer is drafted only if all drafted before it are right with at least this
             estimated probability. Set it to the cost of one more symbol in a pass, relative to what an
             accepted one saves.
-        acceptance: rate shared with other rows; None makes a new one.
+        rates: of `initial_rates`, shared with other rows; None makes new ones.
     """
 
     def __init__(
@@ -57,10 +63,10 @@ class Drafter:
         dim: int,
         length: int,
         worth: float = 0.0,
-        acceptance: AcceptanceRate | None = None,
+        rates: dict[str, AcceptanceRate] | None = None,
     ) -> None:
         self.grammar, self.dim, self.length, self.worth = grammar, dim, length, worth
-        self.acceptance = AcceptanceRate() if acceptance is None else acceptance
+        self.rates = initial_rates() if rates is None else rates
         self.reset()
 
     def reset(self) -> None:
@@ -71,6 +77,7 @@ class Drafter:
 
     def start(self) -> None:
         """Call before each answer."""
+        self.counted = 0  # integers of the answer that the sources have been compared with
         # The model's predictions of integers, by index in the answer.
         self.predictions: dict[int, int] = {}
         # Those made after a rejected symbol, until the integer is known and they can be scored.
@@ -90,19 +97,28 @@ class Drafter:
 
     def draft(self, answer: PartialAnswer, needed: int) -> list[int]:
         """Symbols that may follow the answer: at most `length`, and not beyond `needed` integers."""
-        for index in [index for index in self.unverified if index < len(answer.integers)]:
-            self.acceptance.update(_score(self.unverified.pop(index), answer.integers[index]))
-        reliable = self.acceptance.value >= max(RELIABLE, self.worth)
+        self._count(answer.integers)
+        reliable = self.rates["predicted"].score >= max(RELIABLE, self.worth)
         answer, symbols, reached = answer.copy(), [], 1.0
         while len(symbols) < self.length and len(answer.integers) < needed:
             guess, probability = self._guess(answer.integers)
-            if not reliable and (reached < self.worth or probability <= PRIOR["middle"]):
+            if not reliable and (reached < self.worth or probability <= MIDDLE):
                 break
             spelled = self.grammar.spell(self.grammar.nearest(guess, answer.value), answer)
             self.grammar.append(answer, *spelled)
             symbols += spelled
             reached *= probability
         return symbols[: self.length]
+
+    def _count(self, integers: list[int]) -> None:
+        """Compares what the sources said of the answer's new integers."""
+        for index in range(self.counted, len(integers)):
+            guesses = self._sources(index, integers)
+            if index in self.unverified:
+                guesses["predicted"] = self.unverified.pop(index)
+            for source, guess in guesses.items():
+                self.rates[source].update(guess, integers[index])
+        self.counted = len(integers)
 
     def learn(self, answer: PartialAnswer, draft: list[int], predicted: list[int]) -> None:
         """Keeps the model's predictions of the integers in a verified draft.
@@ -142,24 +158,27 @@ class Drafter:
         """The integer that follows `integers`, and the probability that this is right."""
         index = len(integers)
         # Where predictions after a rejected symbol are unreliable, only the replaced symbol itself counts.
-        if self.corrected and index == self.corrected[0] and self.acceptance.value < RELIABLE:
-            return self.corrected[1], PRIOR["linear"]
-        best = (0.0, PRIOR["middle"], self.grammar.maximum // 2)  # mean score, share that was right, integer
+        predicted = self.rates["predicted"].score
+        if self.corrected and index == self.corrected[0] and predicted < RELIABLE:
+            return self.corrected[1], self.rates["linear"].right
+        best = (0.0, MIDDLE, self.grammar.maximum // 2)  # mean score, share that was right, integer
         for source, guess in self._sources(index, integers).items():
-            # How good this source was for the last timesteps of the same dimension.
-            score, right, count = PRIOR[source], PRIOR[source], 1
+            # How good this source was so far, counted as one guess, and for the last timesteps of the same
+            # dimension.
+            score, right, count = self.rates[source].score, self.rates[source].right, 1
             for earlier in range(index - self.dim, max(-1, index - LOOK_BACK * self.dim - 1), -self.dim):
                 past = self._sources(earlier, integers).get(source)
                 if past is not None:
                     score += _score(past, integers[earlier])
                     right, count = right + (past == integers[earlier]), count + 1
             best = max(best, (score / count, right / count, guess))
-        if index in self.predictions and self.acceptance.value >= best[0]:
-            return self.predictions[index], self.acceptance.value
+        if index in self.predictions and predicted >= best[0]:
+            return self.predictions[index], predicted
         return best[2], best[1]
 
     def _sources(self, index: int, integers: list[int]) -> dict[str, int]:
-        """What the sources in `PRIOR` say of the integer at `index`, as far as each has data."""
+        """What all sources but the model's predictions say of the integer at `index`, as far as each has
+        data."""
         known, place = self.history + integers, index + len(self.history)
         guesses = {}
         if index < len(self.previous):
