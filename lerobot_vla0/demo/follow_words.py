@@ -32,9 +32,8 @@ from .record import check_image_size, switch_environment
 # What an episode ended with: the goal that was asked for, that of the scene's own task, that of another
 # instruction, or none until the step limit. HELD: the goal asked for was in place before the first step.
 ASKED, OWN, ANOTHER, NONE, HELD = OUTCOMES = "asked", "own", "another", "none", "held"
-Row = dict[
-    str, Any
-]  # an episode: task_id, init_state, instruction, own (whether that is the scene's), outcome
+# An episode: task_id, init_state, instruction, own (whether that is the scene's), outcome.
+Row = dict[str, Any]
 
 
 @dataclass(kw_only=True)

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 from lerobot.envs.utils import preprocess_observation
@@ -92,7 +91,8 @@ def rollout_strip(config: StripConfig) -> Path:
 
 def play_rollout(agent: Agent, env: LiberoEnv) -> Rollout:
     """Plays one episode to its end, and keeps every chunk as it is written."""
-    config, decode = agent.policy.config, agent.policy.decoder.decode_chunk
+    config, decoder = agent.policy.config, agent.policy.decoder
+    decode = decoder.decode_chunk
 
     def frame() -> np.ndarray:
         # Rendered once more, since the policy's images may be too small to look at. LIBERO's cameras are
@@ -110,14 +110,14 @@ def play_rollout(agent: Agent, env: LiberoEnv) -> Rollout:
     observation, info = env.reset()
     agent.reset()
     rollout = Rollout(info["task"], [observation], [frame()], averaged=config.ensemble_size > 1)
-    done = False
-    with patch.object(agent.policy.decoder, "decode_chunk", decode_and_keep):
-        while not done:
-            action = agent.act(observation, rollout.instruction)
-            observation, _, terminated, truncated, info = env.step(action)
-            rollout.observations.append(observation)
-            rollout.frames.append(frame())
-            done = terminated or truncated
+    done, decoder.decode_chunk = False, decode_and_keep
+    while not done:
+        action = agent.act(observation, rollout.instruction)
+        observation, _, terminated, truncated, info = env.step(action)
+        rollout.observations.append(observation)
+        rollout.frames.append(frame())
+        done = terminated or truncated
+    decoder.decode_chunk = decode
     rollout.success = bool(info["is_success"])
     return rollout
 

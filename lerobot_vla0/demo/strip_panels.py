@@ -1,6 +1,10 @@
-"""Panels of `lerobot-vla0 strip`: the loss of a training run, and the success rates of results folders."""
+"""Panels of `lerobot-vla0 strip`: the loss of a training run, and the success rates of results folders.
 
-from abc import ABC, abstractmethod
+A panel is a box with a line of text, `title` on the left and `result` on the right, and a plot, which `draw`
+draws. `height` in inches is the least it needs; `borders` are around the plot's axes, in inches: left, right,
+above, below.
+"""
+
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,25 +22,6 @@ ROW = 0.56  # inches per results folder
 NAME_LENGTH = 26  # characters
 
 
-class Panel(ABC):
-    """A box with a title and a plot.
-
-    Attributes:
-        title, result: the first line, left and right.
-        height: at least, in inches.
-        borders: around the plot's axes, in inches: left, right, above, below.
-    """
-
-    title: str
-    result: str = ""
-    height: float
-    borders: tuple[float, float, float, float]
-
-    @abstractmethod
-    def draw(self, axes: "Axes") -> None:
-        """The plot."""
-
-
 @dataclass
 class Score:
     """Success of one results folder. Rates are in percent."""
@@ -50,7 +35,7 @@ class Score:
     stand_ins: bool  # these are not LIBERO scores
 
 
-class LossPanel(Panel):
+class LossPanel:
     """The loss by step.
 
     Args:
@@ -74,10 +59,10 @@ class LossPanel(Panel):
         axes.grid(alpha=0.3)
 
 
-class SuccessPanel(Panel):
+class SuccessPanel:
     """A success rate with its interval for each results folder."""
 
-    title = "success, with 95 % intervals"
+    title, result = "success, with 95 % intervals", ""
 
     def __init__(self, scores: list[Score]) -> None:
         self.scores = scores
@@ -104,6 +89,9 @@ class SuccessPanel(Panel):
         if self.stand_ins:
             note = "stand-in assets: not LIBERO scores"
             axes.text(0, len(self.scores) + 0.2, note, fontsize=8, color="0.4", va="center")
+
+
+Panel = LossPanel | SuccessPanel
 
 
 def split_folders(reports: str) -> list[Path]:
