@@ -13,9 +13,13 @@ from .grammar import IntegerGrammar, PartialAnswer
 
 # Where guesses come from: what the model predicted after a rejected symbol, the last answer for the same
 # timestep, the timestep before, the last two timesteps extrapolated. {source: (probability that a guess is
-# right, assumed before there is evidence; decay of older evidence with each new guess)}. Predictions are much
-# better in some situations than in others; the other sources mostly differ between policies.
-SOURCES = {"predicted": (0.5, 0.9), "previous": (0.5, 0.995), "copy": (0.4, 0.995), "linear": (0.2, 0.995)}
+# right, assumed before there is evidence; how many guesses that assumption counts for; decay of older evidence
+# with each new guess)}. Predictions are much better in some situations than in others; the other sources mostly
+# differ between policies.
+SOURCES = {
+    "predicted": (0.5, 2, 0.97), "previous": (0.5, 10, 0.995), "copy": (0.4, 10, 0.995),
+    "linear": (0.2, 10, 0.995),
+}  # fmt: skip
 MIDDLE = 0.02  # the same probability of the middle of the range, which is guessed where nothing is known
 LOOK_BACK = 3  # timesteps of the answer on which sources are compared, besides all earlier evidence
 # From this acceptance rate on, a draft is worth making for the predictions after it, even if it is rejected.
@@ -29,8 +33,8 @@ class AcceptanceRate:
 
     score: float  # mean score, in 0..1, see `_score`
     right: float  # share of guesses that were right
+    total: float  # guesses counted, older ones less
     decay: float
-    total: float = 10.0  # guesses counted, older ones less; at first, the assumption as ten
 
     def update(self, guess: int, true: int) -> None:
         old = self.decay * self.total
@@ -41,7 +45,7 @@ class AcceptanceRate:
 
 def initial_rates() -> dict[str, AcceptanceRate]:
     """The rates of all sources, before there is evidence."""
-    return {source: AcceptanceRate(prior, prior, decay) for source, (prior, decay) in SOURCES.items()}
+    return {source: AcceptanceRate(prior, prior, *more) for source, (prior, *more) in SOURCES.items()}
 
 
 class Drafter:
@@ -159,8 +163,11 @@ class Drafter:
         index = len(integers)
         # Where predictions after a rejected symbol are unreliable, only the replaced symbol itself counts.
         predicted = self.rates["predicted"].score
-        if self.corrected and index == self.corrected[0] and predicted < RELIABLE:
-            return self.corrected[1], self.rates["linear"].right
+        if self.corrected and index == self.corrected[0]:
+            # The model has just seen all digits before the rejected one.
+            if predicted < RELIABLE:
+                return self.corrected[1], self.rates["linear"].right
+            return self.predictions[index], predicted
         best = (0.0, MIDDLE, self.grammar.maximum // 2)  # mean score, share that was right, integer
         for source, guess in self._sources(index, integers).items():
             # How good this source was so far, counted as one guess, and for the last timesteps of the same
