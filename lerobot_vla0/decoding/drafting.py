@@ -13,9 +13,9 @@ from .grammar import IntegerGrammar, PartialAnswer
 
 # Where guesses come from: what the model predicted after a rejected symbol, the last answer for the same
 # timestep, the timestep before, the last two timesteps extrapolated. {source: (probability that a guess is
-# right, assumed before there is evidence; how many guesses that assumption counts for; decay of older evidence
-# with each new guess)}. Predictions are much better in some situations than in others; the other sources mostly
-# differ between policies.
+# right, assumed before there is evidence; how many guesses that assumption counts for; decay of older
+# evidence with each new guess)}. Predictions are much better in some situations than in others; the other
+# sources mostly differ between policies.
 SOURCES = {
     "predicted": (0.5, 2, 0.97), "previous": (0.5, 10, 0.995), "copy": (0.4, 10, 0.995),
     "linear": (0.2, 10, 0.995),
