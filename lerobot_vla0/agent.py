@@ -76,6 +76,12 @@ class Agent:
         if device is not None:
             overrides["device"] = device
         config = load_policy_config(pretrained_name_or_path, override_arguments(overrides), revision)
+        return cls.from_config(config, revision)
+
+    @classmethod
+    def from_config(cls, config: VLA0Config, revision: str | None = None) -> Self:
+        """Loads policy and processors of the checkpoint that a config was read from (`load_policy_config`,
+        `--policy.path`)."""
         path = str(config.pretrained_path)
         policy = VLA0Policy.from_pretrained(path, config=config, revision=revision)
         return cls(policy, *load_processors(config, path, revision))

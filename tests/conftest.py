@@ -7,6 +7,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from local_hub import LocalHub
@@ -207,6 +208,18 @@ def throw_away(tmp_path_factory, monkeypatch) -> None:
 
 
 @pytest.fixture
+def no_pictures(monkeypatch) -> None:
+    """Black ones in LIBERO: drawing takes most of the time of a step."""
+    from lerobot_vla0.libero.simulator import Cameras
+
+    def black(cameras, name: str) -> np.ndarray:
+        width, height = cameras._sizes[name]
+        return np.zeros((height, width, 3), np.uint8)
+
+    monkeypatch.setattr(Cameras, "draw", black)
+
+
+@pytest.fixture
 def hub(tmp_path):
     """A local stand-in for the Hugging Face Hub, see local_hub.py."""
     server = LocalHub(tmp_path / "hub")
@@ -324,6 +337,19 @@ def learn(policy, batch: dict, limit: int = 2000) -> None:
         optimizer.step()
     assert metrics["token_accuracy"] == 1.0, f"not learnt: {metrics}"
     policy.eval()
+
+
+def train_steps(policy, batch: dict, steps: int, lr: float) -> tuple[list[float], dict]:
+    """(loss of each step, metrics of the last)."""
+    policy.train()
+    optimizer, losses = torch.optim.AdamW(policy.get_optim_params(), lr=lr), []
+    for _ in range(steps):
+        loss, metrics = policy.forward(batch)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses, metrics
 
 
 @pytest.fixture(scope="session")

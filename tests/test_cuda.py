@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import make_batch, make_config, make_stats, observation, randomise
+from conftest import make_batch, make_config, make_stats, observation, randomise, train_steps
 
 from lerobot_vla0.bench.decode import BenchDecodeConfig, bench_decode
 from lerobot_vla0.modeling_vla0 import VLA0Policy
@@ -101,16 +101,7 @@ def test_graphs_see_new_weights(tiny_vlm):
 @pytest.mark.parametrize("settings", [{}, {"gradient_checkpointing": True, "freeze_vision": True}], ids=str)
 def test_learns_in_bfloat16(tiny_vlm, settings):
     policy, preprocess, _ = make(tiny_vlm, "cuda", dtype="bfloat16", **settings)
-    policy.train()
-    batch = preprocess(make_batch(rows=4))
-    optimizer = torch.optim.AdamW(policy.get_optim_params(), lr=1e-3)
-    losses = []
-    for _ in range(30):
-        loss, metrics = policy.forward(batch)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    losses, metrics = train_steps(policy, preprocess(make_batch(rows=4)), steps=30, lr=1e-3)
     assert losses[-1] < 0.7 * losses[0] and 0 <= metrics["token_accuracy"] <= 1
 
 

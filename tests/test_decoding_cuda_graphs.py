@@ -63,7 +63,8 @@ def test_chunks_are_those_of_eager_passes(tiny_vlm, processors, recorded, monkey
         for rows in (2, 1, 2):
             batch = processors[0](observation(make_batch(rows=rows, seed=rows)))
             assert torch.equal(graphs.predict_action_chunk(batch), eager.predict_action_chunk(batch))
-    assert {shapes[0][1] // rows for shapes in recorded for rows in [shapes[-1][0]]} >= {session.WIDTHS[-1]}
+    widths = {grid[1] for *_, grid in recorded}  # the last input is `Packed.grid`, (R, width)
+    assert session.WIDTHS[-1] in widths
 
 
 def _replayed(language_model, head, cache, used, *inputs):

@@ -144,11 +144,9 @@ class Scripted:
 
 
 @pytest.fixture
-def env(throw_away, monkeypatch):
+def env(throw_away, no_pictures, monkeypatch):
     from lerobot_vla0.libero.env import LiberoEnv
-    from lerobot_vla0.libero.simulator import Cameras
 
-    monkeypatch.setattr(Cameras, "draw", lambda self, name: np.zeros((56, 56, 3), np.uint8))  # takes long
     env = LiberoEnv("libero_object", 7, image_size=56, assets="primitive")
     monkeypatch.setattr(module, "switch_environment", lambda *_: env)
     yield env

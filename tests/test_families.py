@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import make_batch, make_config, make_stats, observation, randomise
+from conftest import make_batch, make_config, make_stats, observation, randomise, train_steps
 from tiny_families import FAMILIES, PICTURES, make_tiny
 from transformers import AutoProcessor
 
@@ -135,15 +135,7 @@ def test_trains_saves_and_loads(family, folders, tmp_path):
     frozen = [p for module in backbone.vision_modules(policy.model) for p in module.parameters()]
     assert frozen and not any(p.requires_grad for p in frozen)
     batch = make_bins(2)
-    policy.train()
-    optimizer = torch.optim.AdamW(policy.get_optim_params(), lr=3e-3)
-    losses = []
-    for _ in range(6):
-        loss, metrics = policy.forward(batch)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    losses, metrics = train_steps(policy, batch, steps=6, lr=3e-3)
     assert losses[-1] < 0.9 * losses[0] and 0 <= metrics["token_accuracy"] <= 1
     policy.eval()
     actions = policy.predict_action_chunk(observation(batch))

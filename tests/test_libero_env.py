@@ -255,14 +255,6 @@ def test_episode():
         env.close()
 
 
-@pytest.fixture
-def no_pictures(monkeypatch) -> None:
-    """They take most of the time of a step."""
-    from lerobot_vla0.libero.simulator import Cameras
-
-    monkeypatch.setattr(Cameras, "draw", lambda self, name: np.zeros((32, 32, 3), np.uint8))
-
-
 MILK = "pick up the milk and place it in the basket"  # task 7
 BUTTER = "pick up the butter and place it in the basket"  # another of the objects in its scene
 

@@ -80,11 +80,9 @@ def bench_decode(config: BenchDecodeConfig) -> dict[str, Any]:
     # Answers are compared with those of one token per pass under the exact grammar.
     reference = next(mode for mode in ("generate_grammar", "plain", *modes) if mode in modes)
     records = []
-    # First calls allocate, choose kernels and compile: on a GPU, and with compile_model, each mode's own,
-    # with every shape that occurs.
-    every = config.compile_model or policy.model.device.type == "cuda"
-    for chunks in [chunks for _, chunks in batches[: len(batches) if config.compile_model else 1]]:
-        for mode in modes if every else modes[-1:]:
+    # First calls allocate; on a GPU each mode chooses kernels, with compile_model every shape is compiled.
+    for _, chunks in batches if config.compile_model else batches[:1]:
+        for mode in modes if config.compile_model or policy.model.device.type == "cuda" else modes[-1:]:
             run_mode(policy, mode, chunks)
     with tqdm(total=config.repeats * len(batches) * len(modes), desc="Decoding", unit="run") as bar:
         for repeat in range(config.repeats):
@@ -154,13 +152,10 @@ def _load_policy(config: BenchDecodeConfig) -> VLA0Policy:
         "draft_length": config.draft_length,
         "compile_model": config.compile_model or None,
     }
-    if config.model in common.SHAPES:
-        return common.random_policy(
-            common.SHAPES[config.model],
-            config.seed,
-            **settings | {"dtype": config.dtype or "bfloat16", "compile_model": config.compile_model},
-        )
     settings = {name: value for name, value in settings.items() if value is not None}
+    if config.model in common.SHAPES:
+        shape = common.SHAPES[config.model]
+        return common.random_policy(shape, config.seed, **{"dtype": "bfloat16"} | settings)
     saved = load_policy_config(config.model, override_arguments(settings))
     return VLA0Policy.from_pretrained(config.model, config=saved).eval()
 

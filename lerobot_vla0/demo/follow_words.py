@@ -23,9 +23,7 @@ from ..libero.instructions import goals_in_scene
 from ..libero.report import wilson
 from ..libero.results import describe_policy
 from ..libero.suites import NUM_INIT_STATES, TASKS, check_task_ids
-from ..modeling_vla0 import VLA0Policy
 from ..options import PolicyOptions, parse_options
-from ..processor_vla0 import load_processors
 from ..workers import map_in_order
 from .record import check_image_size, switch_environment
 
@@ -121,9 +119,7 @@ def load_agent(config: FollowConfig) -> Agent:
     """The policy, for one of the worker processes."""
     if config.workers > 1:  # with as many threads each as there are cores, they get into each other's way
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // config.workers))
-    path = str(config.policy.pretrained_path)
-    policy = VLA0Policy.from_pretrained(path, config=config.policy)
-    return Agent(policy, *load_processors(config.policy, path))
+    return Agent.from_config(config.policy)
 
 
 def play_job(config: FollowConfig, task: int, instruction: str, own: bool, init_state: int) -> Row:
@@ -143,15 +139,18 @@ def play_episode(env: LiberoEnv, agent: Agent, instruction: str, init_state: int
     if instruction in before:
         return HELD
     own = next(iter(goals_in_scene(env.suite, env.task_id)))
+
+    def reached() -> set[str]:
+        return set(env.reached()) - before
+
     memory, truncated = agent.policy.decoder.new_episodes(1), False
     while not truncated:
         batch = {"pixels": {key: image[None] for key, image in observation["pixels"].items()}}
         batch["agent_pos"] = observation["agent_pos"][None]
         chunk = agent.act_chunk(batch, [instruction], memory)[0]
-        observation, _, _, truncated, _ = env.step_chunk(chunk, until=lambda: set(env.reached()) - before)
-        reached = set(env.reached()) - before
-        if reached:
-            return ASKED if instruction in reached else OWN if own in reached else ANOTHER
+        observation, _, _, truncated, _ = env.step_chunk(chunk, until=reached)
+        if goals := reached():
+            return ASKED if instruction in goals else OWN if own in goals else ANOTHER
     return NONE
 
 

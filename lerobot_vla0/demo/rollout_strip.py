@@ -15,9 +15,7 @@ from ..examples import Observation
 from ..files import check_place, new_file
 from ..libero.env import LiberoEnv
 from ..libero.results import weights_hash
-from ..modeling_vla0 import VLA0Policy
 from ..options import PolicyOptions
-from ..processor_vla0 import load_processors
 from ..task_stats import to_task_bins
 from .curve import read_log
 from .record import check_image_size
@@ -70,9 +68,7 @@ def rollout_strip(config: StripConfig) -> Path:
         panels.append(SuccessPanel([read_score(folder, weights) for folder in folders]))
     start = {"init_state": config.init_state, "image_size": config.image_size}
     env = LiberoEnv(config.suite, config.task, assets=config.assets, **start)
-    path = str(config.policy.pretrained_path)
-    policy = VLA0Policy.from_pretrained(path, config=config.policy)
-    agent = Agent(policy, *load_processors(config.policy, path))
+    agent = Agent.from_config(config.policy)
     try:
         rollout = play_rollout(agent, env)
     finally:
@@ -85,7 +81,7 @@ def rollout_strip(config: StripConfig) -> Path:
     chat = read_chat(agent, rollout, steps[shown])
     with new_file(out) as draft:
         draft.write_bytes(compress(draw(rollout, steps, shown, chat, panels)))
-    print(f"{'Success' if rollout.success else 'Failure'} after {last} steps. Wrote {out}")
+    print(f"{rollout.outcome.capitalize()} after {last} steps. Wrote {out}")
     return out
 
 
@@ -111,13 +107,15 @@ def play_rollout(agent: Agent, env: LiberoEnv) -> Rollout:
     agent.reset()
     rollout = Rollout(info["task"], [observation], [frame()], averaged=config.ensemble_size > 1)
     done, decoder.decode_chunk = False, decode_and_keep
-    while not done:
-        action = agent.act(observation, rollout.instruction)
-        observation, _, terminated, truncated, info = env.step(action)
-        rollout.observations.append(observation)
-        rollout.frames.append(frame())
-        done = terminated or truncated
-    decoder.decode_chunk = decode
+    try:
+        while not done:
+            action = agent.act(observation, rollout.instruction)
+            observation, _, terminated, truncated, info = env.step(action)
+            rollout.observations.append(observation)
+            rollout.frames.append(frame())
+            done = terminated or truncated
+    finally:
+        decoder.decode_chunk = decode
     rollout.success = bool(info["is_success"])
     return rollout
 

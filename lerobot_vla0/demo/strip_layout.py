@@ -33,6 +33,10 @@ class Rollout:
     # What the policy wrote, by the step at which it looked: the integers of each timestep.
     chunks: dict[int, list[list[int]]] = field(default_factory=dict)
 
+    @property
+    def outcome(self) -> str:
+        return "success" if self.success else "failure"
+
     def written_for(self, step: int) -> tuple[list[list[int]], int]:
         """The last chunk that was written when the action of a step was executed, and the number of that
         step's timestep in it, from 0."""
@@ -109,10 +113,9 @@ def draw(
     """The picture: frames at `steps` in a row, each above the integers that were written for it; below them
     the chat of the frame with index `shown`, and the panels beside it."""
     page, panels = Page(), panels or []
-    outcome, color = ("success", "success") if rollout.success else ("failure", "failure")
     page.write(MARGIN, MARGIN, f"“{rollout.instruction}”", fontsize=12, weight="bold")
-    ending = f"{outcome} after {steps[-1]} steps"
-    page.write(WIDTH - MARGIN, MARGIN, ending, fontsize=12, color=COLORS[color], ha="right")
+    ending = f"{rollout.outcome} after {steps[-1]} steps"
+    page.write(WIDTH - MARGIN, MARGIN, ending, fontsize=12, color=COLORS[rollout.outcome], ha="right")
     y = _draw_frames(page, MARGIN + 0.35, rollout, steps, shown) + GAP
     executed = "executed here, averaged with earlier chunks" if rollout.averaged else "executed at that step"
     note = (
@@ -156,9 +159,8 @@ def _draw_frames(page: Page, y: float, rollout: Rollout, steps: list[int], shown
         top = y + side + 0.3
         page.box(x, top, side, height, BACKGROUNDS["assistant" if step in written else "system"])
         if step not in written:
-            end, color = ("success", "success") if rollout.success else ("failure", "failure")
-            style = {"fontsize": 10, "color": COLORS[color], "ha": "center", "va": "center"}
-            page.write(x + side / 2, top + height / 2, f"the end:\n{end}", **style)
+            style = {"fontsize": 10, "color": COLORS[rollout.outcome], "ha": "center", "va": "center"}
+            page.write(x + side / 2, top + height / 2, f"the end:\n{rollout.outcome}", **style)
             continue
         chunk, executed = written[step]
         # Of a long chunk, the lines around the executed one.
