@@ -36,8 +36,8 @@ demo: setup render
 	$(RUN) lerobot-vla0 strip --policy.path=$(DEMO_POLICY) --out=$(DEMO)/demo.png \
 		--log=$(DEMO)/train.log --reports=$(DEMO)/eval_seen,$(DEMO)/eval_held_out
 	@echo
-	@echo "on the initial states it was trained on:"; grep pick $(DEMO)/eval_seen/report.md
-	@echo "on initial states it has never seen:"; grep pick $(DEMO)/eval_held_out/report.md
+	@echo "on the initial states it was trained on:"; grep '^| libero.*pick' $(DEMO)/eval_seen/report.md
+	@echo "on initial states it has never seen:"; grep '^| libero.*pick' $(DEMO)/eval_held_out/report.md
 	@echo "checkpoint  $(DEMO_POLICY)"
 	@echo "loss curve  $(DEMO)/loss.png"
 	@echo "failures    $(DEMO)/eval_seen/videos/ $(DEMO)/eval_held_out/videos/ (if there were any)"

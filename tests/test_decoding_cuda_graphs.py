@@ -1,5 +1,7 @@
 """Without a GPU: a recording that runs its function again stands in for a CUDA graph. Else test_cuda.py."""
 
+from functools import partial
+
 import pytest
 import torch
 from conftest import make_batch, make_config, observation, randomise
@@ -67,8 +69,9 @@ def test_chunks_are_those_of_eager_passes(tiny_vlm, processors, recorded, monkey
     assert session.WIDTHS[-1] in widths
 
 
-def _replayed(language_model, head, cache, used, *inputs):
-    def step(*places):
-        return session._step(language_model, head, cache, used, *places)
-
-    return replay(step, cache, inputs)
+def _replayed(*arguments):
+    """As `DecodingSession.extend` calls it on a GPU: what is no input lasts longer than a session."""
+    lasting, new = arguments[:3], arguments[3:]
+    assert [type(argument) for argument in lasting[1:]] == [KVCache, int]
+    assert all(isinstance(argument, torch.Tensor) for argument in new)
+    return replay(partial(session._step, *lasting), lasting[1], new)

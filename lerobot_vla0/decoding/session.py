@@ -69,9 +69,9 @@ def encode_prefix(model: nn.Module, ids: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 def _step(
     language_model: nn.Module,
-    head: Tensor,
     cache: KVCache,
     used: int,
+    head: Tensor,
     ids: Tensor,
     positions: Tensor,
     slots: Tensor,
@@ -194,15 +194,16 @@ class DecodingSession:
         slots = (self.lengths[rows] + columns)[None]
         positions = (slots + self.delta[rows, 0]).expand(self.axes, -1, -1)
         used = self.cache.size if self.compiled else int(slots.max()) + 1
-        of_session = self.language_model, self.head, self.cache, used
-        new = ids, positions, slots, *packed
+        # A graph reads the tensors of its recording, which end with their session: all are inputs.
+        lasting = self.language_model, self.cache, used
+        new = self.head, ids, positions, slots, *packed
         if self.compiled and device.type == "cuda":
-            logits = _to_numpy(replay(partial(_step, *of_session), self.cache, new))
+            logits = _to_numpy(replay(partial(_step, *lasting), self.cache, new))
         elif self.compiled:
             with torch._dynamo.config.patch(recompile_limit=MAX_GRAPHS):
-                logits = _to_numpy(_compiled_step()(*of_session, *new))
+                logits = _to_numpy(_compiled_step()(*lasting, *new))
         else:
-            logits = _to_numpy(_step(*of_session, *new))
+            logits = _to_numpy(_step(*lasting, *new))
         result = np.zeros((len(tokens), width, logits.shape[-1]), dtype=logits.dtype)
         result[rows.cpu().numpy(), columns.cpu().numpy()] = logits
         return result
