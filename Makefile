@@ -27,7 +27,7 @@ unexport PYTHONDONTWRITEBYTECODE
 demo: setup render
 	@test ! -e $(DEMO) || { echo "$(DEMO) exists: remove it first (rm -r $(DEMO))."; exit 1; }
 	$(RUN) lerobot-vla0 record --out=$(DEMO)/dataset --suite=libero_object --tasks=[2] --episodes=20 --init_states=10 \
-		--noise=0.15 --image_size=112 --workers=2 --assets=primitive
+		--noise=0.15 --image_size=112 --cameras=[image] --workers=2 --assets=primitive
 	$(RUN) lerobot-vla0 tiny-vlm --out=$(DEMO)/vlm --hidden_size=96 --num_heads=3 --num_layers=3
 	set -o pipefail; $(RUN) lerobot-train --config_path=configs/demo_train.yaml 2>&1 | tee $(DEMO)/train.log
 	$(RUN) lerobot-vla0 curve --log=$(DEMO)/train.log --out=$(DEMO)/loss.png

@@ -148,7 +148,7 @@ def env(throw_away, no_pictures, monkeypatch):
     from lerobot_vla0.libero.env import LiberoEnv
 
     env = LiberoEnv("libero_object", 7, image_size=56, assets="primitive")
-    monkeypatch.setattr(module, "switch_environment", lambda *_: env)
+    monkeypatch.setattr(module, "switch_environment", lambda *_, **__: env)
     yield env
     env.close()
 

@@ -24,7 +24,7 @@ def load(folder):
 def test_data_set_has_the_keys_shapes_and_rate_of_lerobot_libero(libero_dataset):
     dataset = load(libero_dataset)
     assert dataset.fps == 10 and dataset.num_episodes == 2 and dataset.meta.robot_type == "panda"
-    for key, feature in features(256, video=False).items():
+    for key, feature in features(["image", "image2"], 256, video=False).items():
         assert tuple(dataset.features[key]["shape"]) == feature["shape"]
     frame = dataset[0]
     assert frame["observation.images.image"].shape == (3, 256, 256)
@@ -72,12 +72,14 @@ def test_what_ends_a_recording_keeps_its_episodes(tmp_path, throw_away, monkeypa
 
     monkeypatch.setattr(module, "play_episode", stop)
     config = RecordConfig(out=out, tasks=[7], assets="primitive", image_size=64, video=True)
+    config.cameras = ["image"]
     with pytest.raises(KeyboardInterrupt):
         record(config)
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(KeyboardInterrupt):
         record(config)
     assert calls == [0, 0, 1] and [path.name for path in tmp_path.iterdir()] == ["data"]
+    assert load(out).meta.camera_keys == ["observation.images.image"]
     assert load(out).num_episodes == 1 and load(out)[0]["observation.images.image"].shape == (3, 64, 64)
     info = json.loads((out / "recording.json").read_text())
     assert info["tried"] == 1
@@ -139,6 +141,12 @@ def test_workers_end_with_a_killed_recording(tmp_path, process_env):
 def test_nothing_to_record(tmp_path, overrides):
     with pytest.raises(ValueError, match="nothing to record"):
         record(RecordConfig(out=tmp_path / "data", **overrides))
+    assert not (tmp_path / "data").exists()
+
+
+def test_no_such_camera(tmp_path):
+    with pytest.raises(ValueError, match=r"cameras=\['wrist'\] must be one or more of"):
+        record(RecordConfig(out=tmp_path / "data", cameras=["wrist"]))
     assert not (tmp_path / "data").exists()
 
 

@@ -1,6 +1,7 @@
 import multiprocessing
 import os
 import sys
+from contextlib import closing
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -331,6 +332,32 @@ def test_recorded_actions_replayed_succeed(libero_dataset):
 def same(one: dict, other: dict) -> bool:
     pairs = [(one["pixels"][key], other["pixels"][key]) for key in ("image", "image2")]
     return all(np.array_equal(*pair) for pair in [*pairs, (one["agent_pos"], other["agent_pos"])])
+
+
+def test_draws_only_the_cameras_asked_for(simulator, monkeypatch):
+    drawn, draw = [], Simulator.draw
+    monkeypatch.setattr(Simulator, "draw", lambda self, name: drawn.append(name) or draw(self, name))
+    env = simulator.LiberoEnv(image_size=16, cameras=["image2"])
+    observation, _ = env.reset()
+    assert list(observation["pixels"]) == ["image2"] and env.render().shape == (16, 16, 3)
+    assert env.observation_space.contains(observation) and drawn == ["robot0_eye_in_hand"]
+
+
+@pytest.mark.parametrize("cameras", [[], "image", ["wrist"], ["image", "image"], ["image", "image2", "x"]])
+def test_unknown_cameras(cameras, simulator):
+    with pytest.raises(ValueError, match=r"cameras=.* must be one or more of \['image', 'image2'\]"):
+        simulator.LiberoEnv(cameras=cameras)
+
+
+@pytest.mark.slow
+def test_one_camera_sees_what_it_sees_beside_the_other():
+    seen = []
+    for cameras in (["image", "image2"], ["image2"]):
+        with closing(gymnasium.make(ID, task_id=7, cameras=cameras, **SMALL)) as env:
+            first, _ = env.reset(options={"init_state": 1})
+            moved, *_ = env.step(np.full(7, 0.5, np.float32))
+            seen.append([one["pixels"]["image2"] for one in (first, moved)])
+    assert np.array_equal(*seen) and not np.array_equal(*seen[0])
 
 
 @pytest.mark.slow

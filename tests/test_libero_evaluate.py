@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import make_config, make_stats, run_script
+from lerobot.configs import PreTrainedConfig
 from safetensors.torch import load_file, save_file
 
 from lerobot_vla0 import cli
@@ -69,7 +70,7 @@ class Pool:
     broken = False
 
     def __init__(self, size, **settings):
-        self.settings = settings
+        Pool.settings = settings
 
     def play(self, jobs, begin, act, film):
         for number, job in enumerate(jobs):
@@ -130,6 +131,8 @@ def test_a_run_that_fails_at_its_start_leaves_nothing(quick, checkpoint, monkeyp
     (tmp_path / "out").mkdir()
     (tmp_path / "out/settings.json").write_text('{"suites": "libero_goal", "policy": {}}')
     assert quick() is None and len(lines_of(tmp_path / "out")) == 6
+    seen = PreTrainedConfig.from_pretrained(checkpoint).camera_keys
+    assert [f"observation.images.{camera}" for camera in Pool.settings["cameras"]] == seen
 
 
 def test_no_finished_episode_is_lost(quick, tmp_path):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lerobot.utils.constants import OBS_IMAGES
 from tqdm import tqdm
 
 from ..agent import Agent
@@ -126,7 +127,9 @@ def play_job(config: FollowConfig, task: int, instruction: str, own: bool, init_
     """Plays one of `jobs_of`, in whichever process."""
     global _agent
     _agent = _agent or load_agent(config)
-    env = switch_environment(config.suite, task, config.image_size, config.assets)
+    cameras = [key.removeprefix(f"{OBS_IMAGES}.") for key in config.policy.camera_keys]
+    settings = {"image_size": config.image_size, "cameras": cameras, "assets": config.assets}
+    env = switch_environment(config.suite, task, **settings)
     row = {"task_id": task, "init_state": init_state, "instruction": instruction, "own": own}
     return row | {"outcome": play_episode(env, _agent, instruction, init_state)}
 

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from lerobot.utils.constants import OBS_IMAGES
 from tqdm import tqdm
 
 from ..files import check_place, new_folder
 from ..libero.assets import asset_name, prepare_libero
-from ..libero.env import MAX_IMAGE_SIZE, LiberoEnv
+from ..libero.env import CAMERAS, MAX_IMAGE_SIZE, LiberoEnv, check_cameras
 from ..libero.instructions import goals_in_scene
 from ..libero.suites import MAX_STEPS, NUM_INIT_STATES, check_task_ids
 from ..workers import map_in_order
@@ -19,7 +20,6 @@ from .expert import PickAndPlaceExpert
 
 # As in `lerobot/libero`, though the control frequency is 20 Hz: the two can be trained on together.
 FPS = 10
-IMAGE_KEYS = ("observation.images.image", "observation.images.image2")
 STATE_NAMES = ["x", "y", "z", "axis_angle_x", "axis_angle_y", "axis_angle_z", "finger_left", "finger_right"]
 ACTION_NAMES = ["dx", "dy", "dz", "drx", "dry", "drz", "gripper"]
 # An action below this in all six deltas, with the gripper unchanged, is a no-op (the rule by which OpenVLA
@@ -54,6 +54,8 @@ class RecordConfig:
     noise: float = 0.0
     # Side of the camera images in pixels.
     image_size: int = 256
+    # Cameras: image (the scene) and image2 (the wrist).
+    cameras: list[str] = field(default_factory=lambda: list(CAMERAS))
     # Store the images as video (AV1), as `lerobot/libero` does; otherwise as PNG inside the parquet files.
     video: bool = False
     # LIBERO's assets: auto, real, primitive, or a folder.
@@ -64,7 +66,7 @@ class RecordConfig:
     seed: int = 7
 
 
-def features(image_size: int, video: bool) -> dict[str, dict[str, Any]]:
+def features(cameras: list[str], image_size: int, video: bool) -> dict[str, dict[str, Any]]:
     """LeRobotDataset features with the keys and shapes of `lerobot/libero`."""
     image = {
         "dtype": "video" if video else "image",
@@ -72,7 +74,7 @@ def features(image_size: int, video: bool) -> dict[str, dict[str, Any]]:
         "names": ["height", "width", "channel"],
     }
     return {
-        **dict.fromkeys(IMAGE_KEYS, image),
+        **dict.fromkeys([f"{OBS_IMAGES}.{camera}" for camera in cameras], image),
         "observation.state": {"dtype": "float32", "shape": (8,), "names": STATE_NAMES},
         "action": {"dtype": "float32", "shape": (7,), "names": ACTION_NAMES},
     }
@@ -117,6 +119,7 @@ def _check(config: RecordConfig) -> None:
     if config.workers < 1 or config.seed < 0:
         raise ValueError(f"workers={config.workers} must be at least 1, and seed={config.seed} at least 0.")
     check_image_size(config.image_size)
+    check_cameras(config.cameras)
     if config.video and config.image_size % 2:
         raise ValueError(f"image_size={config.image_size} must be even for video.")
     check_task_ids(config.suite, config.tasks)
@@ -132,7 +135,7 @@ def _record(config: RecordConfig, folder: Path) -> BaseException | None:
         repo_id=f"local/{folder.name}",
         root=folder,
         fps=FPS,
-        features=features(config.image_size, config.video),
+        features=features(config.cameras, config.image_size, config.video),
         robot_type="panda",
         use_videos=config.video,
     )
@@ -171,14 +174,14 @@ def _record(config: RecordConfig, folder: Path) -> BaseException | None:
 _environment: tuple[Any, LiberoEnv] | None = None
 
 
-def switch_environment(suite: str, task: int, image_size: int, assets: str) -> LiberoEnv:
-    """This process's environment of a task; the one of another task is closed."""
+def switch_environment(suite: str, task: int, **settings: Any) -> LiberoEnv:
+    """This process's environment of a task; the one of another task, or of other settings, is closed."""
     global _environment
-    arguments = suite, task, image_size, assets
+    arguments = suite, task, settings
     if _environment is None or _environment[0] != arguments:
         if _environment is not None:
             _environment[1].close()
-        _environment = arguments, LiberoEnv(suite, task, image_size=image_size, assets=assets)
+        _environment = arguments, LiberoEnv(suite, task, **settings)
     return _environment[1]
 
 
@@ -191,7 +194,8 @@ def jobs_of(config: RecordConfig, task: int) -> list[tuple[int, str, int]]:
 
 def play_episode(config: RecordConfig, task: int, instruction: str, episode: int) -> list[dict[str, Any]]:
     """Frames of one episode of the expert, without no-ops; none if it did not succeed."""
-    env = switch_environment(config.suite, task, config.image_size, config.assets)
+    settings = {"image_size": config.image_size, "cameras": config.cameras, "assets": config.assets}
+    env = switch_environment(config.suite, task, **settings)
     options = {"init_state": episode % config.init_states, "instruction": instruction}
     observation, info = env.reset(options=options)
     expert = PickAndPlaceExpert(env.simulator)
@@ -202,7 +206,7 @@ def play_episode(config: RecordConfig, task: int, instruction: str, episode: int
         action = expert.act()
         if np.abs(action[:6]).max() >= NO_OP or action[6] != gripper:
             pixels = observation["pixels"]
-            frame = {key: pixels[key.split(".")[-1]] for key in IMAGE_KEYS}
+            frame = {f"{OBS_IMAGES}.{camera}": picture for camera, picture in pixels.items()}
             frame |= {"observation.state": observation["agent_pos"], "action": action, "task": info["task"]}
             frames.append(frame)
         gripper = action[6]

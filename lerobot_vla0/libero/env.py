@@ -5,7 +5,7 @@ vector, seeds that decide the initial state, truncation at the suite's step limi
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import gymnasium as gym
@@ -20,6 +20,8 @@ from .suites import MAX_STEPS, check_task_ids
 
 FPS = 20  # robosuite's control frequency
 MAX_IMAGE_SIZE = 2048  # pixels; an environment takes memory for four samples of each
+# Pictures of an observation → LIBERO's cameras.
+CAMERAS = {"image": "agentview", "image2": "robot0_eye_in_hand"}
 
 
 def check_settings(image_size: int, max_episode_steps: int | None) -> None:
@@ -30,12 +32,18 @@ def check_settings(image_size: int, max_episode_steps: int | None) -> None:
         raise ValueError(f"max_episode_steps={max_episode_steps} must be at least 1, or None.")
 
 
+def check_cameras(cameras: Sequence[str]) -> None:
+    """Raises ValueError unless they are some of `CAMERAS`, each once."""
+    if isinstance(cameras, str) or not cameras or sorted(set(cameras) & set(CAMERAS)) != sorted(cameras):
+        raise ValueError(f"cameras={cameras!r} must be one or more of {list(CAMERAS)}, each once.")
+
+
 class LiberoEnv(gym.Env):
     """One task of LIBERO.
 
-    Observation: `pixels` with `image` (the scene) and `image2` (the wrist camera), uint8 (size, size, 3),
-    upright as in `lerobot/libero`; `agent_pos`, float32 (8,): the end effector's position in metres, its
-    orientation as axis-angle in radians, the positions of the two fingers in metres.
+    Observation: `pixels` with `image` (the scene) and `image2` (the wrist camera), or those of `cameras`,
+    uint8 (size, size, 3), upright as in `lerobot/libero`; `agent_pos`, float32 (8,): the end effector's
+    position in metres, its orientation as axis-angle in radians, the positions of the two fingers in metres.
 
     Action: float32 (7,) in [-1, 1]: changes of position (3) and orientation (3) of the end effector for the
     operational space controller, then the gripper (negative opens, positive closes).
@@ -51,14 +59,15 @@ class LiberoEnv(gym.Env):
         instruction: of another task of the suite, to be followed in this task's scene: its goal is then the
             one that counts. None takes the task's own. `reset(options={"instruction": ...})` overrides it.
         image_size: side of the square images in pixels.
+        cameras: which pictures an observation has. Each takes most of the time of a look.
         max_episode_steps: None takes the suite's limit (220, 280, 300, 520, 400). `gymnasium.make` has an
             argument of this name, too, which replaces it.
         assets: "auto", "real", "primitive" or a folder; see `prepare_libero`.
         render_mode: "rgb_array" or None.
 
     Raises:
-        ValueError: unknown suite, task or init state, an instruction that has no goal in the scene,
-            image_size not in 1..2048, or max_episode_steps below 1.
+        ValueError: unknown suite, task or init state, an instruction that has no goal in the scene, no
+            or unknown cameras, image_size not in 1..2048, or max_episode_steps below 1.
         RuntimeError (from `reset`): this process was forked from one that renders.
     """
 
@@ -73,12 +82,14 @@ class LiberoEnv(gym.Env):
         init_state: int | None = None,
         instruction: str | None = None,
         image_size: int = 256,
+        cameras: Sequence[str] = tuple(CAMERAS),
         max_episode_steps: int | None = None,
         assets: str = "auto",
         render_mode: str | None = "rgb_array",
     ) -> None:
         check_task_ids(suite, [task_id])
         check_settings(image_size, max_episode_steps)
+        check_cameras(cameras)
         prepare_libero(suite, assets)
         from lerobot.envs.libero import LiberoEnv as LeRobotLiberoEnv
         from lerobot.envs.libero import _get_suite
@@ -102,7 +113,7 @@ class LiberoEnv(gym.Env):
         image = spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
         self.observation_space = spaces.Dict(
             {
-                "pixels": spaces.Dict({"image": image, "image2": image}),
+                "pixels": spaces.Dict(dict.fromkeys(cameras, image)),
                 "agent_pos": spaces.Box(-np.inf, np.inf, (8,), np.float32),
             }
         )
@@ -140,7 +151,7 @@ class LiberoEnv(gym.Env):
         goal = goal_of(self.suite, self.task_id, instruction)
         self._env.init_state_id = self._init_state
         if self._cameras is None:
-            size = self.observation_space["pixels"]["image"].shape[0]
+            size = next(iter(self.observation_space["pixels"].values())).shape[0]
             # In place of the one that LeRobot's environment would make.
             self._env._env, self._cameras = make_simulator(self._env._task_bddl_file, size, FPS)
         self.task = self.task_description = instruction
@@ -201,10 +212,10 @@ class LiberoEnv(gym.Env):
     def _observation(self, observation: dict[str, Any]) -> dict[str, Any]:
         # LIBERO's cameras are mounted upside down; the data sets hold the images turned by 180°.
         pixels = {
-            key: np.ascontiguousarray(self._cameras.draw(camera)[::-1, ::-1])
-            for key, camera in (("image", "agentview"), ("image2", "robot0_eye_in_hand"))
+            key: np.ascontiguousarray(self._cameras.draw(CAMERAS[key])[::-1, ::-1])
+            for key in self.observation_space["pixels"]
         }
-        self._frame = pixels["image"]
+        self._frame = next(iter(pixels.values()))
         return {"pixels": pixels, "agent_pos": agent_position(observation["robot_state"])}
 
     @property
@@ -213,7 +224,7 @@ class LiberoEnv(gym.Env):
         return self._env._env
 
     def render(self) -> np.ndarray | None:
-        """The scene camera's last image, upright, uint8 (size, size, 3)."""
+        """The last picture of the first of `cameras`, upright, uint8 (size, size, 3)."""
         return None if self._frame is None else self._frame.copy()
 
     def close(self) -> None:

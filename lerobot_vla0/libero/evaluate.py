@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from lerobot.utils.constants import OBS_IMAGES
 from tqdm import tqdm
 
 from ..agent import Agent
@@ -169,6 +170,7 @@ def run_episodes(config: EvalConfig, beat: Callable[[], None] = lambda: None) ->
         pool = EnvironmentPool(
             min(config.batch_size, len(left)),
             image_size=config.image_size,
+            cameras=[key.removeprefix(f"{OBS_IMAGES}.") for key in agent.policy.config.camera_keys],
             max_episode_steps=config.max_episode_steps,
             assets=str(folders[0]),  # found, or downloaded, once; the same for all suites
         )

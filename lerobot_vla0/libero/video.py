@@ -1,4 +1,4 @@
-"""Videos of episodes: both cameras side by side, with instruction, step and outcome on the border."""
+"""Videos of episodes: the cameras side by side, with instruction, step and outcome on the border."""
 
 import textwrap
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from .env import FPS
 
 SIDE = 256  # pixels of each camera's picture
-TOP, BOTTOM, LINE, COLUMNS = 44, 24, 18, 64  # of the borders: pixels, pixels of a line, characters of a line
+TOP, BOTTOM, LINE, COLUMNS = 44, 24, 18, 32  # of the borders: pixels, of a line; characters per camera
 COLORS = {None: "#37474f", True: "#2e7d32", False: "#c62828"}
 
 
@@ -20,20 +20,21 @@ def frame(pixels: dict[str, np.ndarray], instruction: str, step: int, success: b
     """One frame.
 
     Args:
-        pixels: uint8 (size, size, 3) of the cameras `image` and `image2`.
+        pixels: uint8 (size, size, 3) of each camera.
         success: the outcome, at the episode's end; before, None.
 
     Returns:
         uint8 (H, W, 3), both even.
     """
-    canvas = Image.new("RGB", (2 * SIDE, TOP + SIDE + BOTTOM), COLORS[success])
-    for place, camera in enumerate(("image", "image2")):
-        canvas.paste(Image.fromarray(pixels[camera]).resize((SIDE, SIDE)), (place * SIDE, TOP))
+    width = len(pixels) * SIDE
+    canvas = Image.new("RGB", (width, TOP + SIDE + BOTTOM), COLORS[success])
+    for place, picture in enumerate(pixels.values()):
+        canvas.paste(Image.fromarray(picture).resize((SIDE, SIDE)), (place * SIDE, TOP))
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=15)
-    for row, line in enumerate(textwrap.wrap(instruction, COLUMNS, max_lines=2)):
+    for row, line in enumerate(textwrap.wrap(instruction, len(pixels) * COLUMNS, max_lines=2)):
         draw.text((6, 3 + row * LINE), line, "white", font)
     outcome = {None: "", True: "success", False: "failure"}[success]
-    for text, x, anchor in ((f"step {step}", 6, "la"), (outcome, 2 * SIDE - 6, "ra")):
+    for text, x, anchor in ((f"step {step}", 6, "la"), (outcome, width - 6, "ra")):
         draw.text((x, TOP + SIDE + 2), text, "white", font, anchor=anchor)
     return np.asarray(canvas)
 
