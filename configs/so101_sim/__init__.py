@@ -3,7 +3,8 @@
 
 It is the plugin's `SO101PickPlace-v0` (lerobot-env-so101 0.4.0, extra [sims]), made fit for a policy that
 sees. The goal, which no camera shows, is always the plugin's fixed one. The block lies anywhere in a
-square. The camera is turned to where the arm works. Shadows are off: they take most of a picture's time where no GPU renders.
+square. The camera is turned to where the arm works. Shadows are off: they take most of a picture's time
+where no GPU renders.
 """
 
 import os
@@ -25,8 +26,8 @@ ACTION_SCALE = 0.025  # metres per unit of an action; the plugin's default, 1.0,
 # Middle of the block, (x, y) in metres: in sight of the camera, 9 cm or more from the goal at (0.20, 0.08),
 # and where the gripper can be held vertical.
 BLOCK_XY = np.array([[0.21, -0.07], [0.27, -0.01]])
-# In the plugin's picture, 45 degrees high, the block is 9 of 128 pixels wide, and its square 12. From the same
-# place, turned down and narrowed, hand, block and goal are twice as large. Metres, degrees.
+# In the plugin's picture, 45 degrees high, the block is 9 of 128 pixels wide, and its square 12. From the
+# same place, turned down and narrowed, hand, block and goal are twice as large. Metres, degrees.
 CAMERA_TARGET, CAMERA_FOVY = np.array([0.2, 0.0, 0.05]), 24.0
 
 
