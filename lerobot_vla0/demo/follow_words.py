@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lerobot.utils.constants import OBS_IMAGES
 from tqdm import tqdm
 
 from ..agent import Agent
 from ..files import check_place, new_folder
 from ..libero.assets import asset_name, is_primitive, prepare_libero
-from ..libero.env import LiberoEnv
+from ..libero.env import LiberoEnv, cameras_of
 from ..libero.instructions import goals_in_scene
 from ..libero.report import wilson
 from ..libero.results import describe_policy
@@ -127,8 +126,11 @@ def play_job(config: FollowConfig, task: int, instruction: str, own: bool, init_
     """Plays one of `jobs_of`, in whichever process."""
     global _agent
     _agent = _agent or load_agent(config)
-    cameras = [key.removeprefix(f"{OBS_IMAGES}.") for key in config.policy.camera_keys]
-    settings = {"image_size": config.image_size, "cameras": cameras, "assets": config.assets}
+    settings = {
+        "image_size": config.image_size,
+        "cameras": cameras_of(config.policy),
+        "assets": config.assets,
+    }
     env = switch_environment(config.suite, task, **settings)
     row = {"task_id": task, "init_state": init_state, "instruction": instruction, "own": own}
     return row | {"outcome": play_episode(env, _agent, instruction, init_state)}

@@ -11,6 +11,8 @@ from typing import Any, ClassVar
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
+from lerobot.configs import PreTrainedConfig
+from lerobot.utils.constants import OBS_IMAGES
 
 from .assets import prepare_libero
 from .config import SIMULATOR_SEED
@@ -36,6 +38,11 @@ def check_cameras(cameras: Sequence[str]) -> None:
     """Raises ValueError unless they are some of `CAMERAS`, each once."""
     if isinstance(cameras, str) or not cameras or sorted(set(cameras) & set(CAMERAS)) != sorted(cameras):
         raise ValueError(f"cameras={cameras!r} must be one or more of {list(CAMERAS)}, each once.")
+
+
+def cameras_of(policy: PreTrainedConfig) -> list[str]:
+    """The `cameras` that a policy looks at, so that no others are rendered."""
+    return [key.removeprefix(f"{OBS_IMAGES}.") for key in policy.camera_keys]
 
 
 class LiberoEnv(gym.Env):

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lerobot.utils.constants import OBS_IMAGES
 from tqdm import tqdm
 
 from ..agent import Agent
@@ -21,7 +20,7 @@ from ..options import PolicyOptions
 from ..processor_vla0 import load_processors
 from .assets import asset_name, is_primitive, prepare_libero
 from .config import VLA0LiberoEnv
-from .env import check_settings
+from .env import cameras_of, check_settings
 from .pool import EnvironmentPool, Job, Result
 from .report import compare, read_episodes, write_report
 from .results import check_folder, describe_policy, save_episode
@@ -170,7 +169,7 @@ def run_episodes(config: EvalConfig, beat: Callable[[], None] = lambda: None) ->
         pool = EnvironmentPool(
             min(config.batch_size, len(left)),
             image_size=config.image_size,
-            cameras=[key.removeprefix(f"{OBS_IMAGES}.") for key in agent.policy.config.camera_keys],
+            cameras=cameras_of(agent.policy.config),
             max_episode_steps=config.max_episode_steps,
             assets=str(folders[0]),  # found, or downloaded, once; the same for all suites
         )
