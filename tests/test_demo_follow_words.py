@@ -10,7 +10,7 @@ from lerobot_vla0.demo import follow_words as module
 from lerobot_vla0.demo.follow_words import (
     ANOTHER,
     ASKED,
-    HELD,
+    BEFORE,
     NONE,
     OWN,
     FollowConfig,
@@ -19,6 +19,7 @@ from lerobot_vla0.demo.follow_words import (
     play_episode,
     report_of,
     summary_of,
+    went_for,
 )
 from lerobot_vla0.libero.report import wilson
 
@@ -26,15 +27,24 @@ MILK = "pick up the milk and place it in the basket"  # task 7
 BUTTER = "pick up the butter and place it in the basket"  # another of the objects in its scene
 
 
-def row(task: int, state: int, outcome: str, own: bool = False) -> dict:
+def row(task: int, state: int, reached: str, grasped: str = NONE, own: bool = False) -> dict:
     name = f"own {task}" if own else "other"
-    return {"task_id": task, "init_state": state, "instruction": name, "own": own, "outcome": outcome}
+    known = {"task_id": task, "init_state": state, "instruction": name, "own": own}
+    return known | {"reached": reached, "grasped": grasped}
 
 
 ROWS = [
-    *(row(0, 0, ASKED, own=True), row(0, 0, ASKED), row(0, 0, OWN), row(0, 0, ASKED), row(0, 0, HELD)),
-    *(row(0, 1, NONE, own=True), row(0, 1, ASKED), row(0, 1, NONE), row(0, 1, NONE)),  # not solved: left out
-    *(row(3, 0, ASKED, own=True), row(3, 0, ANOTHER), row(3, 0, NONE), row(3, 0, ASKED)),
+    # What is in place counts more than what was grasped before.
+    *(
+        row(0, 0, ASKED, ASKED, own=True),
+        row(0, 0, ASKED, OWN),
+        row(0, 0, OWN, ASKED),
+        row(0, 0, NONE, ASKED),
+    ),
+    row(0, 0, BEFORE),
+    # Not solved with its own instruction: left out of the share.
+    *(row(0, 1, NONE, ASKED, own=True), row(0, 1, ASKED, ASKED), row(0, 1, NONE, ANOTHER), row(0, 1, NONE)),
+    *(row(3, 0, ASKED, own=True), row(3, 0, ANOTHER, ANOTHER), row(3, 0, NONE, OWN), row(3, 0, ASKED, ASKED)),
 ]
 
 
@@ -43,8 +53,10 @@ def test_summary():
     assert summary_of(ROWS) == {
         "scenes": 3,
         "scenes_solved": 2,
-        "other_instructions": {ASKED: 4, OWN: 1, ANOTHER: 1, NONE: 3},
+        "reached": {ASKED: 3, OWN: 1, ANOTHER: 1, NONE: 4},
+        "went_for": {ASKED: 4, OWN: 2, ANOTHER: 2, NONE: 1},
         "asked": 3,
+        "asked_and_reached": 2,
         "of": 6,
         "share": 0.5,
         "interval": wilson(3, 6),
@@ -56,13 +68,13 @@ def test_summary():
 def test_report():
     lines = report_of(ROWS, "libero_object", stand_ins=True).splitlines()
     assert [line for line in lines if line.startswith("| 0") or line.startswith(("| 3", "| **"))] == [
-        "| 0: own 0 | 1/2 | 3 | 1 | 0 | 2 |",
-        "| 3: own 3 | 1/1 | 1 | 0 | 1 | 1 |",
-        "| **all** | 2/3 | 4 | 1 | 1 | 3 |",
+        "| 0: own 0 | 1/2 | 2 | 1 | 0 | 1 | 0 | 1 | 1 |",
+        "| 3: own 3 | 1/1 | 1 | 0 | 1 | 0 | 1 | 0 | 0 |",
+        "| **all** | 2/3 | 3 | 1 | 1 | 1 | 1 | 1 | 1 |",
     ]
     text = "\n".join(lines)
     assert "solves 2 of 3 scenes (task and initial state) with their own instruction. There" in text
-    assert "in 3/6 = 50.0 % of the episodes (95 % interval 18.8–81.2 %)" in text
+    assert "in 3/6 = 50.0 % of the episodes (95 % interval 18.8–81.2 %) and gets it done in 2." in text
     assert "Not counted: 1 episodes" in text and "not LIBERO scores" in text
     text = report_of([row(0, 0, NONE, own=True), row(0, 0, ASKED)], "libero_goal", stand_ins=False)
     assert "solves 0 of 1 scenes" in text and "There" not in text and "stand-in" not in text
@@ -118,7 +130,7 @@ def test_jobs(config, monkeypatch):
 
 def test_goal_in_place_before_the_first_step():
     env = SimpleNamespace(reset=lambda options: ({}, {}), reached=lambda: ["b"])
-    assert play_episode(env, None, "b", 0) == HELD
+    assert play_episode(env, None, "b", 0) == {"reached": BEFORE, "grasped": NONE}
 
 
 class Scripted:
@@ -165,7 +177,9 @@ def test_who_reads_and_who_does_not(env, config, monkeypatch):
         config.out = config.out.with_name(name)
         monkeypatch.setattr(module, "load_agent", lambda config, always=always: Scripted(env, always))
         result = json.loads((follow_words(config) / "words.json").read_text())
-        outcomes[name] = {row["instruction"]: row["outcome"] for row in result["episodes"]}
+        outcomes[name] = {row["instruction"]: row["reached"] for row in result["episodes"]}
+        # What is carried to the basket was grasped.
+        assert all(row["grasped"] == row["reached"] for row in result["episodes"])
         share = {"reads": 1.0, "own": 0.0, "another": None}[name]  # it does not solve the scene itself
         assert result["summary"]["share"] == share
     assert outcomes == {
@@ -176,15 +190,23 @@ def test_who_reads_and_who_does_not(env, config, monkeypatch):
 
 
 @pytest.mark.slow
+def test_grasped_and_dropped(env):
+    """The step limit comes while the object is in the air."""
+    env._max_episode_steps = 70
+    row = play_episode(env, Scripted(env, BUTTER), MILK, 1)
+    assert row == {"reached": NONE, "grasped": ANOTHER} and went_for(row) == ANOTHER
+
+
+@pytest.mark.slow
 def test_policy(env, config, capsys):
     """A real one, for a few steps of every episode: it reaches nothing."""
     env._max_episode_steps = 4
     folder = follow_words(config)
     assert {path.name for path in folder.iterdir()} == {"words.json", "words.md"}
     result, report = json.loads((folder / "words.json").read_text()), (folder / "words.md").read_text()
-    assert len(result["episodes"]) == 6 and {row["outcome"] for row in result["episodes"]} == {NONE}
+    assert len(result["episodes"]) == 6 and {went_for(row) for row in result["episodes"]} == {NONE}
     assert {row["init_state"] for row in result["episodes"]} == {1}
     assert result["settings"]["stand_in_assets"] and len(result["settings"]["weights"]) == 64
-    assert report in capsys.readouterr().out and f"| 7: {MILK} | 0/1 | 0 | 0 | 0 | 5 |" in report
+    assert report in capsys.readouterr().out and f"| 7: {MILK} | 0/1 | 0 | 0 | 0 | 0 | 0 | 0 | 5 |" in report
     with pytest.raises(FileExistsError, match="exists and is not empty"):
         follow_words(config)

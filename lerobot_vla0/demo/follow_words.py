@@ -1,6 +1,7 @@
 """Does a policy do what it is told, or what the scene suggests? `python -m lerobot_vla0.demo.follow_words
 --policy.path=<checkpoint> --out=<folder>` gives it the other instructions that the scene of each task allows;
-an episode ends as soon as the goal of any of them is in place.
+an episode ends as soon as the goal of any of them is in place. Where none is until the step limit, the first
+object grasped tells what the policy went for.
 """
 
 import json
@@ -27,10 +28,11 @@ from ..options import PolicyOptions, parse_options
 from ..workers import map_in_order
 from .record import check_image_size, switch_environment
 
-# What an episode ended with: the goal that was asked for, that of the scene's own task, that of another
-# instruction, or none until the step limit. HELD: the goal asked for was in place before the first step.
-ASKED, OWN, ANOTHER, NONE, HELD = OUTCOMES = "asked", "own", "another", "none", "held"
-# An episode: task_id, init_state, instruction, own (whether that is the scene's), outcome.
+# Whose goal was in place first, or whose object was grasped first: that of the instruction given, of the
+# scene's own task, of another instruction, or none until the step limit. BEFORE: the goal asked for was in
+# place before the first step.
+ASKED, OWN, ANOTHER, NONE, BEFORE = "asked", "own", "another", "none", "before"
+# An episode: task_id, init_state, instruction, own (whether that is the scene's), reached, grasped.
 Row = dict[str, Any]
 
 
@@ -133,45 +135,57 @@ def play_job(config: FollowConfig, task: int, instruction: str, own: bool, init_
     }
     env = switch_environment(config.suite, task, **settings)
     row = {"task_id": task, "init_state": init_state, "instruction": instruction, "own": own}
-    return row | {"outcome": play_episode(env, _agent, instruction, init_state)}
+    return row | play_episode(env, _agent, instruction, init_state)
 
 
-def play_episode(env: LiberoEnv, agent: Agent, instruction: str, init_state: int) -> str:
-    """One of `OUTCOMES`: which goal is in place first, after any step, that was not before. With the scene's
-    own instruction, a success is "asked"."""
+def play_episode(env: LiberoEnv, agent: Agent, instruction: str, init_state: int) -> dict[str, str]:
+    """`reached`, whose goal is in place first, after any step, that was not before; and `grasped`, whose
+    object both fingers touch first. With the scene's own instruction, a success is "asked"."""
     observation, _ = env.reset(options={"init_state": init_state, "instruction": instruction})
     before = set(env.reached())
     if instruction in before:
-        return HELD
+        return {"reached": BEFORE, "grasped": NONE}
     own = next(iter(goals_in_scene(env.suite, env.task_id)))
+    held: list[str] = []
 
-    def reached() -> set[str]:
-        return set(env.reached()) - before
+    def whose(goals: list[str]) -> str:
+        return ASKED if instruction in goals else OWN if own in goals else ANOTHER if goals else NONE
 
-    memory, truncated = agent.policy.decoder.new_episodes(1), False
-    while not truncated:
+    def reached() -> list[str]:
+        if not held:
+            held.extend(env.held())
+        return [goal for goal in env.reached() if goal not in before]
+
+    memory, truncated, goals = agent.policy.decoder.new_episodes(1), False, []
+    while not (goals or truncated):
         batch = {"pixels": {key: image[None] for key, image in observation["pixels"].items()}}
         batch["agent_pos"] = observation["agent_pos"][None]
         chunk = agent.act_chunk(batch, [instruction], memory)[0]
         observation, _, _, truncated, _ = env.step_chunk(chunk, until=reached)
-        if goals := reached():
-            return ASKED if instruction in goals else OWN if own in goals else ANOTHER
-    return NONE
+        goals = reached()
+    return {"reached": whose(goals), "grasped": whose(held)}
+
+
+def went_for(row: Row) -> str:
+    """The goal that was in place first, or, where none was, the object grasped first."""
+    return row["grasped"] if row["reached"] == NONE else row["reached"]
 
 
 def summary_of(rows: list[Row]) -> dict[str, Any]:
-    """How often the policy does what it is told, in the scenes (task and initial state) that it solves with
-    their own instruction: elsewhere it may understand and fail. `share` and `interval` (95 %, Wilson) are
-    None if there is no such scene."""
-    solved = {(row["task_id"], row["init_state"]) for row in rows if row["own"] and row["outcome"] == ASKED}
-    others = [row for row in rows if not row["own"] and row["outcome"] != HELD]
+    """How often the policy goes for what it is told, in the scenes (task and initial state) that it solves
+    with their own instruction: elsewhere it may understand and fail. `share` and `interval` (95 %, Wilson)
+    are None if there is no such scene."""
+    solved = {(row["task_id"], row["init_state"]) for row in rows if row["own"] and row["reached"] == ASKED}
+    others = [row for row in rows if not row["own"] and row["reached"] != BEFORE]
     counted = [row for row in others if (row["task_id"], row["init_state"]) in solved]
-    asked = sum(row["outcome"] == ASKED for row in counted)
+    asked = sum(went_for(row) == ASKED for row in counted)
     return {
         "scenes": sum(row["own"] for row in rows),
         "scenes_solved": len(solved),
-        "other_instructions": Counter(row["outcome"] for row in others),
+        "reached": Counter(row["reached"] for row in others),
+        "went_for": Counter(map(went_for, others)),
         "asked": asked,
+        "asked_and_reached": sum(row["reached"] == ASKED for row in counted),
         "of": len(counted),
         "share": asked / len(counted) if counted else None,
         "interval": wilson(asked, len(counted)) if counted else None,
@@ -183,28 +197,38 @@ def report_of(rows: list[Row], suite: str, stand_ins: bool) -> str:
     lines = [f"# Does it follow the words? {suite}", ""]
     if stand_ins:
         lines += ["**Run on stand-in assets: these are not LIBERO scores.**", ""]
-    lines += ["| scene of task | own instruction: solved | others: asked | own | another | none |"]
-    lines += ["|---|---|---|---|---|---|"]
+    lines += [
+        "Of the episodes with another instruction: whose goal was in place first, or, if none was, whose "
+        "object was grasped first.",
+        "",
+        "| scene of task | own instruction: solved | goal: asked | own | another "
+        "| only grasped: asked | own | another | neither |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
     tasks = {row["task_id"]: row["instruction"] for row in rows if row["own"]}
     for task in (*tasks, None):
         mine = [row for row in rows if task in (row["task_id"], None)]
-        own = [row["outcome"] for row in mine if row["own"]]
-        counts = Counter(row["outcome"] for row in mine if not row["own"])
+        own = [row["reached"] for row in mine if row["own"]]
+        others = [row for row in mine if not row["own"]]
+        goals = Counter(row["reached"] for row in others)
+        grasps = Counter(row["grasped"] for row in others if row["reached"] == NONE)
         scene = "**all**" if task is None else f"{task}: {tasks[task]}"
-        cells = [scene, f"{own.count(ASKED)}/{len(own)}", *(counts[o] for o in (ASKED, OWN, ANOTHER, NONE))]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
+        cells = [scene, f"{own.count(ASKED)}/{len(own)}"]
+        cells += [str(counts[whose]) for counts in (goals, grasps) for whose in (ASKED, OWN, ANOTHER)]
+        lines.append(f"| {' | '.join([*cells, str(grasps[NONE])])} |")
     summary = summary_of(rows)
     solved = f"{summary['scenes_solved']} of {summary['scenes']} scenes (task and initial state)"
     lines += ["", f"It solves {solved} with their own instruction."]
     if summary["of"]:
         low, high = (100 * limit for limit in summary["interval"])
         lines[-1] += (
-            f" There, with another one, it does what it is asked in {summary['asked']}/{summary['of']} = "
-            f"{100 * summary['share']:.1f} % of the episodes (95 % interval {low:.1f}–{high:.1f} %)."
+            f" There, with another one, it goes for what it is asked in {summary['asked']}/{summary['of']} = "
+            f"{100 * summary['share']:.1f} % of the episodes (95 % interval {low:.1f}–{high:.1f} %) and gets "
+            f"it done in {summary['asked_and_reached']}."
         )
-    held = sum(row["outcome"] == HELD for row in rows)
-    if held:
-        lines += ["", f"Not counted: {held} episodes whose goal was in place before the first step."]
+    before = sum(row["reached"] == BEFORE for row in rows)
+    if before:
+        lines += ["", f"Not counted: {before} episodes whose goal was in place before the first step."]
     return "\n".join([*lines, ""])
 
 

@@ -208,6 +208,15 @@ class LiberoEnv(gym.Env):
         goals = goals_in_scene(self.suite, self.task_id)
         return [instruction for instruction, goal in goals.items() if all(map(holds, goal))]
 
+    def held(self) -> list[str]:
+        """Instructions of `goals_in_scene` that move an object which both fingers touch now, as robosuite
+        defines a grasp. After the first reset."""
+        env = self.simulator.env
+        touched = [n for n, it in env.objects_dict.items() if env._check_grasp(env.robots[0].gripper, it)]
+        goals = goals_in_scene(self.suite, self.task_id)
+        # A predicate's first argument is what moves: "in milk_1 basket_1_contain_region".
+        return [text for text, goal in goals.items() if any(moved in touched for _, moved, *_ in goal)]
+
     def _info(self, is_success: bool) -> dict[str, Any]:
         return {
             "is_success": is_success,
