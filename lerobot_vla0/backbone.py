@@ -261,11 +261,6 @@ def has_decoding_session(model: nn.Module) -> bool:
     return family(model).has_session and set(layers) == {"full_attention"}
 
 
-def hidden_states(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    """Last hidden states (B, T, hidden) of a full pass without a cache, for training."""
-    return model.model(**inputs, use_cache=False).last_hidden_state
-
-
 def prompt_positions(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Positions of right-padded prompts, (axes, R, T), and what to add to a token's place behind them, (R,
     1).
@@ -289,8 +284,8 @@ def prompt_positions(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tenso
 def embed_prompts(
     model: nn.Module, inputs: dict[str, Tensor], tokens: Tensor
 ) -> tuple[Tensor, dict[str, Any]]:
-    """Tokens (R, T) that begin with the prompts of `inputs` → (embeddings (R, T, hidden) with the pictures in
-    place, further inputs of the language model)."""
+    """Tokens (R, T) with all pictures of `inputs` → (embeddings (R, T, hidden) with the pictures in place,
+    further inputs of the language model)."""
     embeddings = language_model(model).get_input_embeddings()(tokens)
     is_picture = tokens == model.config.image_token_id
     grid = {"image_grid_thw": inputs["image_grid_thw"]} if "image_grid_thw" in inputs else {}

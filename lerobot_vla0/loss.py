@@ -86,7 +86,7 @@ def answer_loss(
     """Cross-entropy of the answers' tokens, and what is logged of the model's predictions.
 
     Args:
-        hidden: (B, T, width), last hidden states.
+        hidden: (B, at most T, width), last hidden states, of the last positions.
         head: (vocabulary, width), weights of the language model's head.
         labels: (B, T) token ids, IGNORE where nothing is supervised.
         places: (B, T) place value of each digit, see `integer_error`.
@@ -97,7 +97,8 @@ def answer_loss(
         The loss, and `token_accuracy` and `action_error_bins`.
     """
     # The token at position t is predicted at t - 1; logits are computed for supervised positions only.
-    labels, places = labels[:, 1:], places[:, 1:]
+    predictions = hidden.shape[1] - 1
+    labels, places = labels[:, -predictions:], places[:, -predictions:]
     supervised = labels != IGNORE
     targets = labels[supervised]  # (N,)
     losses, predicted, digits = linear_cross_entropy(hidden[:, :-1][supervised], head, targets, digit_ids)

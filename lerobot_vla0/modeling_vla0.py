@@ -32,6 +32,7 @@ from .examples import ExampleMaker, augmentation_generator
 from .loss import answer_loss
 from .processor_vla0 import ACTION_CLIPPED
 from .training_data import prepare_data
+from .training_pass import can_share_words, hidden_states
 
 
 class VLA0Policy(PreTrainedPolicy):
@@ -125,8 +126,7 @@ class VLA0Policy(PreTrainedPolicy):
         if reduction not in ("mean", "none"):
             raise ValueError(f"reduction must be 'mean' or 'none', got {reduction!r}.")
         generator = augmentation_generator() if self.training else None
-        examples = self.examples.training_examples(batch, generator)
-        loss, metrics = self.example_loss(*examples, reduction)
+        loss, metrics = self.example_loss(*self.examples.training_examples(batch, generator), reduction)
         if ACTION_CLIPPED in batch:
             metrics[ACTION_CLIPPED] = batch[ACTION_CLIPPED].mean().item()
         return loss, metrics
@@ -135,7 +135,8 @@ class VLA0Policy(PreTrainedPolicy):
         self, inputs: dict[str, Tensor], labels: Tensor, places: Tensor, reduction: str = "mean"
     ) -> tuple[Tensor, dict[str, float]]:
         """`forward` on what `ExampleMaker.training_examples` returns."""
-        hidden = backbone.hidden_states(self.model, inputs)
+        shared = self.examples.chat.num_shared if can_share_words(self.model, self.config) else 0
+        hidden = hidden_states(self.model, inputs, shared)
         digit_ids = torch.tensor(self.examples.chat.digit_ids, device=labels.device)
         return answer_loss(hidden, self.model.lm_head.weight, labels, places, digit_ids, reduction)
 

@@ -72,6 +72,7 @@ class ChatFormatter:
     Attributes:
         grammar: the language of the answers, in this tokenizer's tokens.
         lead, tail_ids: what the template writes before the assistant's answer (text) and after it (tokens).
+        num_shared: tokens before the first picture, the same in every prompt.
 
     Raises:
         ValueError: the tokenizer does not have every digit, the space and "?" as single tokens, or the chat
@@ -119,6 +120,7 @@ class ChatFormatter:
         texts = [str(v) for v in range(num_bins + 1)]
         self._number_ids = [[self.digit_ids[int(c)] for c in t] for t in texts]
         self._number_places = [[10 ** (len(t) - 1 - i) for i in range(len(t))] for t in texts]
+        self.num_shared = self.prompt_ids("x").index(processor.image_token_id)
 
     def messages(self, instruction: str) -> list[dict[str, Any]]:
         """The chat up to the assistant's turn, as Transformers' chat templates take it."""

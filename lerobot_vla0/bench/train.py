@@ -34,7 +34,8 @@ from . import common
 MODES = {
     "per_sample": "sample by sample, loss over all positions (as TinyVLA)",
     "per_sample_trl": "sample by sample, TRL's fused head",
-    "ours": "batched on tensors, loss at labelled positions (what the policy does)",
+    "ours_whole": "batched on tensors, loss at labelled positions, the system prompt in every row",
+    "ours": "the same, the system prompt once per batch (what the policy does)",
 }
 INSTRUCTIONS = (
     "pick up the salad dressing and place it in the basket",
@@ -51,7 +52,7 @@ class BenchTrainConfig:
     # A VLM with random weights: small-random (30 million parameters and the vocabulary's 78),
     # qwen2.5-0.5b-random, qwen2.5-vl-3b-random.
     model: str = "small-random"
-    # Of: per_sample, per_sample_trl (needs trl), ours.
+    # Of: per_sample, per_sample_trl (needs trl), ours_whole, ours.
     modes: list[str] = field(default_factory=lambda: list(MODES))
     batch_size: int = 8
     # Steps that are timed in each process, after one that is not.
@@ -114,10 +115,12 @@ def measure(config: BenchTrainConfig, shape: common.Shape, mode: str) -> list[di
         # As SFTTrainer adds it.
         add_fused_lm_head(policy.model, outputs=("log_probs", "entropy", "is_top1"))
         fused = {"fused_lm_head": True}
-    batch = make_batch(policy, config)
+    batch, ours = make_batch(policy, config), mode.startswith("ours")
+    if mode == "ours_whole":
+        policy.examples.chat.num_shared = 0
 
     def prepare() -> tuple[Any, ...]:
-        if mode == "ours":
+        if ours:
             moved = {key: value.to(device) for key, value in batch.items() if isinstance(value, Tensor)}
             generator = augmentation_generator() if policy.training else None
             return policy.examples.training_examples(batch | moved, generator)
@@ -125,7 +128,7 @@ def measure(config: BenchTrainConfig, shape: common.Shape, mode: str) -> list[di
         return {key: value.to(device) for key, value in inputs.items()}, labels.to(device)
 
     def loss_of(inputs: dict[str, Tensor], labels: Tensor, *places: Tensor) -> Tensor:
-        if mode == "ours":
+        if ours:
             return policy.example_loss(inputs, labels, *places)[0]
         return policy.model(**inputs, labels=labels, use_cache=False, **fused).loss
 

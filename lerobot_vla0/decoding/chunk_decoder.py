@@ -255,9 +255,7 @@ class ChunkDecoder:
             return RowByRowSession(kept.model, inputs, token_ids)
         prefix = kept.prefix
         if prefix is None:
-            # The words before the first picture are the same in every prompt.
-            is_picture = inputs["input_ids"][0] == self.examples.vlm_processor.image_token_id
-            prefix = encode_prefix(kept.model, inputs["input_ids"][:1, : int(is_picture.int().argmax())])
+            prefix = encode_prefix(kept.model, inputs["input_ids"][:1, : self.examples.chat.num_shared])
             kept.prefix = None if training else prefix
         return DecodingSession(
             kept.model,
