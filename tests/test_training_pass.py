@@ -4,6 +4,7 @@ from conftest import make_batch, make_config, randomise
 from peft import LoraConfig
 from tiny_families import FAMILIES, PICTURES, make_tiny
 from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
 
 from lerobot_vla0 import backbone, modeling_vla0
 from lerobot_vla0.modeling_vla0 import VLA0Policy
@@ -16,11 +17,14 @@ def make_policy(vlm, family: str = "qwen2_5_vl", **overrides) -> VLA0Policy:
     return policy.train()
 
 
-def make_examples(policy, rows: int = 3):
-    """Rows of different lengths, augmented."""
+def make_bins(rows: int = 3) -> dict:
+    """A batch behind the preprocessor; its instructions have different lengths."""
     batch = make_batch(rows, 80, chunk_size=4)
-    batch["action"] = ((batch["action"] + 1) * 500).round().long()
-    return policy.examples.training_examples(batch, torch.Generator().manual_seed(0))
+    return {**batch, "action": ((batch["action"] + 1) * 500).round().long()}
+
+
+def make_examples(policy, rows: int = 3):
+    return policy.examples.training_examples(make_bins(rows), torch.Generator().manual_seed(0))
 
 
 def step(policy, examples, monkeypatch, share: bool):
@@ -69,6 +73,23 @@ def test_adapter(tiny_vlm, monkeypatch):
     policy.wrap_with_peft(LoraConfig(r=4, init_lora_weights=False, target_modules=r".*layers\.\d+\..*_proj"))
     assert 0 < sum(p.requires_grad for p in policy.parameters()) < len(list(policy.parameters()))
     check_same(policy, monkeypatch)
+
+
+def test_data_parallel(tiny_vlm, tmp_path):
+    """Parameters that are used twice in a pass get one gradient, as LeRobot's trainer wraps the policy."""
+    rendezvous = f"file://{tmp_path / 'rendezvous'}"
+    torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=0, world_size=1)
+    try:
+        policy = make_policy(tiny_vlm).eval()  # without augmentation, which draws from the global seed
+        losses = []
+        for wrapped in (policy, DistributedDataParallel(policy, find_unused_parameters=True)):
+            policy.zero_grad()
+            loss, _ = wrapped(make_bins())
+            loss.backward()
+            losses.append([loss.detach(), *(p.grad.clone() for p in policy.parameters())])
+        torch.testing.assert_close(losses[0], losses[1])
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_one_row_is_fed_whole(tiny_vlm, monkeypatch):
