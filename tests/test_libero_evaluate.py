@@ -49,7 +49,7 @@ def test_shards_cover_everything_once():
         ({"tasks": [12]}, r"has the tasks 0..9, not \[12\]"),
         ({"episodes": 0}, "at least 1 episode"),
         ({"episodes": 10, "first_init_state": 41}, "initial states in 0..49"),
-        ({"batch_size": 0}, "batch_size=0: at least 1"),
+        ({"batch_size": 0}, "batch_size=0 must be at least 1"),
         ({"tasks": [7, 7]}, r"tasks=\[7, 7\] must name at least one task, and each once"),
         ({"tasks": []}, r"tasks=\[\] must name at least one task"),
         ({"suites": ""}, "suites='' must name at least one suite"),

@@ -1,6 +1,6 @@
 import pytest
 
-from lerobot_vla0.libero.suites import TASKS, episodes_of_suites
+from lerobot_vla0.libero.suites import TASKS, check_init_states, episodes_of_suites
 
 FOUR = ["libero_spatial", "libero_object", "libero_goal", "libero_10"]
 
@@ -56,3 +56,11 @@ def test_words_are_liberos(throw_away):
 
     for suite, tasks in TASKS.items():
         assert tasks == [task.language for task in benchmark.get_benchmark_dict()[suite]().tasks]
+
+
+def test_init_states():
+    check_init_states(50, 0)
+    check_init_states(1, 49)
+    for episodes, first in ((0, 0), (51, 0), (1, 50), (1, -1), (10, 41)):
+        with pytest.raises(ValueError, match=f"episodes={episodes}, first_init_state={first}: .*0..49"):
+            check_init_states(episodes, first)

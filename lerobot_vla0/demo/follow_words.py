@@ -23,7 +23,7 @@ from ..libero.env import LiberoEnv, cameras_of
 from ..libero.instructions import goals_in_scene
 from ..libero.report import wilson
 from ..libero.results import describe_policy
-from ..libero.suites import NUM_INIT_STATES, TASKS, check_task_ids
+from ..libero.suites import TASKS, check_init_states, check_task_ids
 from ..options import PolicyOptions, parse_options
 from ..workers import map_in_order
 from .record import check_image_size, switch_environment
@@ -70,12 +70,9 @@ def follow_words(config: FollowConfig) -> Path:
     policy = config.require_policy("which policy?")
     check_task_ids(config.suite, config.tasks)
     check_image_size(config.image_size)
-    last_start = NUM_INIT_STATES - config.episodes
-    if min(config.episodes, config.workers) < 1 or not 0 <= config.first_init_state <= last_start:
-        raise ValueError(
-            f"episodes={config.episodes}, first_init_state={config.first_init_state}, "
-            f"workers={config.workers}: at least 1 episode and process, and initial states in 0..49."
-        )
+    check_init_states(config.episodes, config.first_init_state)
+    if config.workers < 1:
+        raise ValueError(f"workers={config.workers} must be at least 1.")
     check_place(config.out, "new folder")
     assets = prepare_libero(config.suite, config.assets)
     config.assets = str(assets)  # found, or downloaded, once: the workers get the folder

@@ -24,7 +24,7 @@ from .env import cameras_of, check_settings
 from .pool import EnvironmentPool, Job, Result
 from .report import compare, read_episodes, write_report
 from .results import check_folder, describe_policy, save_episode
-from .suites import MAX_STEPS, NUM_INIT_STATES, TASKS, check_task_ids, split_suites
+from .suites import MAX_STEPS, TASKS, check_init_states, check_task_ids, split_suites
 
 
 @dataclass(kw_only=True)
@@ -75,13 +75,9 @@ class EvalConfig(PolicyOptions):
             raise ValueError(f"rank_timeout={self.rank_timeout} must be above 0 seconds and finite.")
         if self.videos not in ("failures", "all", "none"):
             raise ValueError(f"videos={self.videos!r} must be failures, all or none.")
-        last_start = NUM_INIT_STATES - self.episodes
-        if min(self.episodes, self.batch_size) < 1 or not 0 <= self.first_init_state <= last_start:
-            raise ValueError(
-                f"episodes={self.episodes}, first_init_state={self.first_init_state}, "
-                f"batch_size={self.batch_size}: at least 1 episode and environment, and initial states in "
-                f"0..49."
-            )
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size={self.batch_size} must be at least 1.")
+        check_init_states(self.episodes, self.first_init_state)
 
     @property
     def suite_list(self) -> list[str]:

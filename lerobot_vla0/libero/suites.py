@@ -40,6 +40,19 @@ def check_task_ids(suite: str, task_ids: list[int] | None) -> None:
         raise ValueError(f"{suite} has the tasks 0..{len(TASKS[suite]) - 1}, not {unknown}.")
 
 
+def check_init_states(episodes: int, first: int) -> None:
+    """Of a command that plays `episodes` episodes, from stored initial state `first` on.
+
+    Raises:
+        ValueError: no episode, or a state that is not stored.
+    """
+    if episodes < 1 or not 0 <= first <= NUM_INIT_STATES - episodes:
+        raise ValueError(
+            f"episodes={episodes}, first_init_state={first}: at least 1 episode, and initial states in "
+            f"0..{NUM_INIT_STATES - 1}."
+        )
+
+
 def episodes_of_suites(suites: str, episode_tasks: Sequence[Sequence[str]]) -> list[int]:
     """Indices of the episodes whose tasks all belong to the given suites.
 
