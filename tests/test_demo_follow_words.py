@@ -97,7 +97,7 @@ def config(learnt, tmp_path) -> FollowConfig:
         ({"tasks": [10]}, r"libero_object has the tasks 0..9, not \[10\]"),
         ({"episodes": 0}, "episodes=0, .*: at least 1 episode, and"),
         ({"workers": 0}, "workers=0 must be at least 1"),
-        ({"episodes": 20, "first_init_state": 31}, "first_init_state=31, .* initial states in 0..49"),
+        ({"episodes": 20, "first_init_state": 31}, "first_init_state=31: .* initial states in 0..49"),
         ({"image_size": 16}, "image_size=16 must be in 32..2048"),
     ],
 )
