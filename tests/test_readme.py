@@ -9,6 +9,7 @@ from pkgutil import resolve_name
 
 import pytest
 from conftest import ROOT
+from lerobot.configs import PreTrainedConfig
 
 from lerobot_vla0 import VLA0Config
 from lerobot_vla0.cli import COMMANDS
@@ -92,8 +93,15 @@ def test_table_of_commands_is_complete():
 @pytest.mark.parametrize(("option", "config"), [("policy", VLA0Config), ("env", VLA0LiberoEnv)])
 def test_settings_exist(file, option, config):
     parsers_own = {"path", "type", "discover_packages_path"}  # of LeRobot's parser
-    known = {field.name for field in dataclasses.fields(config)} | parsers_own
-    assert set(re.findall(rf"--{option}\.(\w+)", file.read_text())) <= known
+    settings = {config: ""}
+    # Another policy's are in one piece of code with its --policy.type.
+    for part in re.split(r"(```.*?```|`[^`]+`)", file.read_text(), flags=re.DOTALL):
+        other = re.search(r"--policy\.type=(?!vla0\b)(\w+)", part) if option == "policy" else None
+        of = PreTrainedConfig.get_choice_class(other[1]) if other and part.startswith("`") else config
+        settings[of] = settings.get(of, "") + part
+    for of, text in settings.items():
+        known = {field.name for field in dataclasses.fields(of)} | parsers_own
+        assert set(re.findall(rf"--{option}\.(\w+)", text)) <= known, of
 
 
 def test_file_tree_is_that_of_the_package():
