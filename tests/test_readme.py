@@ -28,12 +28,16 @@ def section(name: str) -> str:
     return re.search(rf"^## {name}\n(.*?)(?=^## |\Z)", README.read_text(), re.DOTALL | re.MULTILINE)[1]
 
 
+def code_spans(text: str) -> list[str]:
+    """Inline code of Markdown."""
+    return re.findall(r"`([^`]+)`", CODE_BLOCK.sub("", text))
+
+
 def command_lines(file: Path) -> list[str]:
     """Lines of code blocks, and inline code; of both, those that call `lerobot-vla0`."""
     text = file.read_text()
     lines = "".join(CODE_BLOCK.findall(text)).replace("\\\n", " ").splitlines()
-    spans = re.findall(r"`([^`]+)`", CODE_BLOCK.sub("", text))
-    return [re.sub(r"\s+", " ", x) for x in [*lines, *spans] if re.match(r"lerobot-vla0 [a-z]", x)]
+    return [re.sub(r"\s+", " ", x) for x in [*lines, *code_spans(text)] if re.match(r"lerobot-vla0 [a-z]", x)]
 
 
 def command_name(line: str) -> str | None:
@@ -92,16 +96,16 @@ def test_table_of_commands_is_complete():
 @every_readme
 @pytest.mark.parametrize(("option", "config"), [("policy", VLA0Config), ("env", VLA0LiberoEnv)])
 def test_settings_exist(file, option, config):
-    parsers_own = {"path", "type", "discover_packages_path"}  # of LeRobot's parser
-    settings = {config: ""}
-    # Another policy's are in one piece of code with its --policy.type.
-    for part in re.split(r"(```.*?```|`[^`]+`)", file.read_text(), flags=re.DOTALL):
-        other = re.search(r"--policy\.type=(?!vla0\b)(\w+)", part) if option == "policy" else None
-        of = PreTrainedConfig.get_choice_class(other[1]) if other and part.startswith("`") else config
-        settings[of] = settings.get(of, "") + part
-    for of, text in settings.items():
+    text, settings_of = file.read_text(), {}
+    for span in code_spans(text):
+        # Another policy's are in one code span with its --policy.type.
+        if option == "policy" and (other := re.search(r"--policy\.type=(?!vla0\b)(\w+)", span)):
+            settings_of[span] = PreTrainedConfig.get_choice_class(other[1])
+            text = text.replace(span, "")
+    for part, of in (settings_of | {text: config}).items():
+        parsers_own = {"path", "type", "discover_packages_path"}  # of LeRobot's parser
         known = {field.name for field in dataclasses.fields(of)} | parsers_own
-        assert set(re.findall(rf"--{option}\.(\w+)", text)) <= known, of
+        assert set(re.findall(rf"--{option}\.(\w+)", part)) <= known, of
 
 
 def test_file_tree_is_that_of_the_package():
