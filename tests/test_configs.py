@@ -1,15 +1,18 @@
-"""Each file in configs/ is a configuration that LeRobot's trainer, or TRL's (sft_*.yaml), parses."""
+"""Each file in configs/ is a configuration that LeRobot's trainer parses, or TRL's (sft_*.yaml), or TRL's own
+script (trl_*.yaml)."""
 
 import draccus
 import pytest
 from conftest import ROOT
 from lerobot.configs.train import TrainPipelineConfig
+from trl.scripts.sft import make_parser
 
 from lerobot_vla0 import VLA0Config
 from lerobot_vla0.training.sft_options import parse
 
 SFT_FILES = sorted((ROOT / "configs").glob("sft_*.yaml"))
-FILES = sorted({*(ROOT / "configs").glob("*.yaml")} - {*SFT_FILES})
+TRL_FILES = sorted((ROOT / "configs").glob("trl_*.yaml"))
+FILES = sorted({*(ROOT / "configs").glob("*.yaml")} - {*SFT_FILES, *TRL_FILES})
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
@@ -30,6 +33,20 @@ def test_sft_parses(path):
     assert arguments.dataset.repo_id == "lerobot/libero"
     assert arguments.policy.vlm == "Qwen/Qwen2.5-VL-3B-Instruct" and arguments.policy.dtype == "bfloat16"
     assert training.learning_rate == (4e-4 if arguments.options.use_lora else 4e-5)
+
+
+@pytest.mark.parametrize("path", TRL_FILES, ids=lambda p: p.name)
+def test_trl_parses(path):
+    script, training, model, _ = make_parser().parse_args_and_config(["--config", str(path)])
+    assert training.max_steps > 0 and training.use_cpu and not training.bf16
+    assert model.model_name_or_path.startswith("outputs/") and script.dataset_name.startswith("outputs/")
+
+
+def test_ten_tasks_begin_with_what_trl_writes():
+    path = ROOT / "configs/train_ten_tasks_cpu.yaml"
+    recipe = draccus.parse(TrainPipelineConfig, config_path=path, args=[])
+    _, training, *_ = make_parser().parse_args_and_config(["--config", str(TRL_FILES[0])])
+    assert recipe.policy.vlm == training.output_dir
 
 
 @pytest.mark.parametrize(("name", "gpus"), [("train_libero", 8), ("train_libero_1gpu", 1)])
