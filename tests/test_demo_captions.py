@@ -74,7 +74,8 @@ def test_captions_say_what_is_where(throw_away):
 
 @pytest.mark.slow
 def test_trl_trains_a_vlm_on_them_for_a_policy(tmp_path, tiny_vlm, process_env):
-    """The recipe's first two commands, cut short, as processes; then a policy that begins with the result."""
+    """The commands of trl_captions_cpu.yaml, cut short, as processes;
+    then a policy that begins with the result."""
     data, out = tmp_path / "data", tmp_path / "vlm"
     run_script(
         "python", "-m", "lerobot_vla0.demo.captions", f"--out={data}", "--tasks=[0]", "--layouts=10",

@@ -96,6 +96,7 @@ def test_table_of_commands_is_complete():
 @every_readme
 @pytest.mark.parametrize(("option", "config"), [("policy", VLA0Config), ("env", VLA0LiberoEnv)])
 def test_settings_exist(file, option, config):
+    parsers_own = {"path", "type", "discover_packages_path"}  # of LeRobot's parser
     text, settings_of = file.read_text(), {}
     for span in code_spans(text):
         # Another policy's are in one code span with its --policy.type.
@@ -103,7 +104,6 @@ def test_settings_exist(file, option, config):
             settings_of[span] = PreTrainedConfig.get_choice_class(other[1])
             text = text.replace(span, "")
     for part, of in (settings_of | {text: config}).items():
-        parsers_own = {"path", "type", "discover_packages_path"}  # of LeRobot's parser
         known = {field.name for field in dataclasses.fields(of)} | parsers_own
         assert set(re.findall(rf"--{option}\.(\w+)", part)) <= known, of
 

@@ -9,7 +9,7 @@ be learned in an hour on a CPU (lerobot_vla0/libero/README.md, "Ten tasks, one m
 import json
 import sys
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,17 +22,17 @@ from ..files import check_place, new_folder
 from ..libero.assets import asset_name, prepare_libero
 from ..libero.env import CAMERAS, LiberoEnv
 from ..libero.instructions import goals_in_scene
-from ..libero.suites import NUM_INIT_STATES, TASKS, check_task_ids
+from ..libero.suites import TASKS, check_task_ids
 from ..options import parse_options
 from ..workers import map_in_order
-from .record import RECORD_FILE, check_image_size, switch_environment
+from .record import RECORD_FILE, check_rendered, switch_environment
 
 SUITE = "libero_object"  # the suite whose instructions have one object each to look for
 CAMERA = "image"
 PROMPT = "Where is what?"
 # Coordinates are integers from 0 (left, top) to this (right, bottom).
 RANGE = 100
-# Layouts until the scene is reset: a reset takes as long as ten pictures, and the hand wanders off.
+# Layouts until the scene is reset: a reset takes as long as several pictures, but the hand wanders off.
 LAYOUTS_PER_RESET = 10
 STEPS_PER_LAYOUT = 2  # control steps in which the hand moves, 0.1 s
 JITTER = 0.02  # metres by which an object may stand beside its place
@@ -73,34 +73,33 @@ def captions(config: CaptionsConfig) -> Path:
     from datasets import Image as ImageFeature
 
     _check(config)
-    config.assets = str(prepare_libero(SUITE, config.assets))
-    config.tasks = config.tasks or list(range(len(TASKS[SUITE])))
-    jobs = [(task, reset) for task in config.tasks for reset in range(config.layouts // LAYOUTS_PER_RESET)]
+    # Assets are found, or downloaded, once: the workers get the folder.
+    assets, tasks = str(prepare_libero(SUITE, config.assets)), config.tasks or list(range(len(TASKS[SUITE])))
+    config = replace(config, assets=assets, tasks=tasks)
+    jobs = [(task, reset) for task in tasks for reset in range(config.layouts // LAYOUTS_PER_RESET)]
     rendered = map_in_order(partial(render_layouts, config), jobs, config.workers)
     rows = [row for rows in tqdm(rendered, desc="Rendering", unit="scene", total=len(jobs)) for row in rows]
     message = [{"role": Value("string"), "content": Value("string")}]
     features = Features({"images": List(ImageFeature()), "prompt": message, "completion": message})
     with new_folder(config.out) as folder:
         Dataset.from_list(rows, features=features).to_parquet(folder / "train.parquet")
-        settings = asdict(config) | {"out": str(config.out), "assets": asset_name(Path(config.assets))}
+        settings = asdict(config) | {"out": str(config.out), "assets": asset_name(Path(assets))}
         (folder / RECORD_FILE).write_text(json.dumps({"settings": settings}, indent=2))
-    print(f"Wrote {len(rows)} pictures to {config.out}. The first one's caption: {_text(rows[0])}")
+    first = rows[0]["completion"][0]["content"]
+    print(f"Wrote {len(rows)} pictures to {config.out}. The first one's caption: {first}")
     return Path(config.out)
-
-
-def _text(row: dict[str, Any]) -> str:
-    return row["completion"][0]["content"]
 
 
 def _check(config: CaptionsConfig) -> None:
     check_task_ids(SUITE, config.tasks)
     if config.layouts < LAYOUTS_PER_RESET or config.layouts % LAYOUTS_PER_RESET:
         raise ValueError(f"layouts={config.layouts} must be a multiple of {LAYOUTS_PER_RESET}, and not 0.")
-    if not 1 <= config.init_states <= NUM_INIT_STATES:
-        raise ValueError(f"init_states={config.init_states} must be in 1..{NUM_INIT_STATES}.")
-    if config.workers < 1 or config.seed < 0:
-        raise ValueError(f"workers={config.workers} must be at least 1, and seed={config.seed} at least 0.")
-    check_image_size(config.image_size)
+    check_rendered(
+        init_states=config.init_states,
+        image_size=config.image_size,
+        workers=config.workers,
+        seed=config.seed,
+    )
     check_place(config.out, "new folder")
 
 
@@ -110,14 +109,15 @@ def render_layouts(config: CaptionsConfig, task: int, reset: int) -> list[dict[s
     env = switch_environment(SUITE, task, **settings)
     rng = np.random.default_rng([config.seed, task, reset])
     env.reset(options={"init_state": reset % config.init_states})
-    objects = names_of_objects(task)
+    names = names_of_objects(task)
+    objects = list(names)
     simulator = env.simulator.env
     joints = {key: simulator.objects_dict[key].joints[0] for key in objects}
     home = {key: simulator.sim.data.get_joint_qpos(joint).copy() for key, joint in joints.items()}
     rows = []
     for _ in range(LAYOUTS_PER_RESET):
-        shown = rng.permutation(list(objects))[: rng.integers(1, len(objects), endpoint=True)]
-        for key, place in zip(objects, rng.permutation(list(objects)), strict=True):
+        shown = rng.permutation(objects)[: rng.integers(1, len(objects), endpoint=True)]
+        for key, place in zip(objects, rng.permutation(objects), strict=True):
             pose = home[key].copy()  # position, then orientation as a quaternion; height and orientation stay
             pose[:2] = home[place][:2] + rng.uniform(-JITTER, JITTER, 2)
             pose[1] += AWAY * (key not in shown)
@@ -127,7 +127,7 @@ def render_layouts(config: CaptionsConfig, task: int, reset: int) -> list[dict[s
         move = np.concatenate([rng.uniform(-1, 1, 3), rng.uniform(-0.2, 0.2, 3), rng.choice([-1, 1], 1)])
         observation, *_ = env.step_chunk(np.tile(move, (STEPS_PER_LAYOUT, 1)))
         points = points_of_objects(env, shown)
-        text = ", ".join(f"{objects[key]} {x} {y}" for key, (x, y) in points.items())
+        text = ", ".join(f"{names[key]} {x} {y}" for key, (x, y) in points.items())
         rows.append(
             {
                 "images": [Image.fromarray(observation["pixels"][CAMERA])],

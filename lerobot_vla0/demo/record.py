@@ -106,19 +106,29 @@ def check_image_size(size: int) -> None:
         raise ValueError(f"image_size={size} must be in {SIZES[0]}..{SIZES[1]} pixels.")
 
 
+def check_rendered(*, init_states: int, image_size: int, workers: int, seed: int) -> None:
+    """Raises ValueError for settings, of a command that renders LIBERO's scenes, that are out of range."""
+    if not 1 <= init_states <= NUM_INIT_STATES:
+        raise ValueError(f"init_states={init_states} must be in 1..{NUM_INIT_STATES}.")
+    if workers < 1 or seed < 0:
+        raise ValueError(f"workers={workers} must be at least 1, and seed={seed} at least 0.")
+    check_image_size(image_size)
+
+
 def _check(config: RecordConfig) -> None:
     """All settings, before anything is written."""
     if config.episodes < 1 or not config.tasks:
         raise ValueError(f"nothing to record: episodes={config.episodes}, tasks={config.tasks}.")
-    if not 1 <= config.init_states <= NUM_INIT_STATES:
-        raise ValueError(f"init_states={config.init_states} must be in 1..{NUM_INIT_STATES}.")
+    check_rendered(
+        init_states=config.init_states,
+        image_size=config.image_size,
+        workers=config.workers,
+        seed=config.seed,
+    )
     if not 0 <= config.noise <= 1:  # also refuses NaN
         raise ValueError(f"noise={config.noise} must be in 0..1: actions are in [-1, 1].")
     if config.other_episodes < 0:
         raise ValueError(f"other_episodes={config.other_episodes} must be at least 0.")
-    if config.workers < 1 or config.seed < 0:
-        raise ValueError(f"workers={config.workers} must be at least 1, and seed={config.seed} at least 0.")
-    check_image_size(config.image_size)
     check_cameras(config.cameras)
     if config.video and config.image_size % 2:
         raise ValueError(f"image_size={config.image_size} must be even for video.")
