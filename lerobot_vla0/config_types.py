@@ -56,8 +56,21 @@ def _from_yaml(plain: type) -> Callable[[object, Sequence[str]], object]:
     return lambda raw, path: read(YAMLParser.parse_string(raw) if isinstance(raw, str) else raw, path)
 
 
+class Regions(dict[str, list[float]]):
+    """{image key: part of its picture}, a dict that may be YAML text."""
+
+
 draccus.decode.register(Names, _from_yaml(list[str]))
 draccus.decode.register(Normalizations, _from_yaml(dict[str, NormalizationMode]))
+draccus.decode.register(Regions, _from_yaml(dict[str, list[float]]))
+
+
+def is_region(region: Sequence[float]) -> bool:
+    """Whether it is [top, left, height, width], in shares of a picture, and lies in the picture."""
+    if len(region) != 4 or not all(0 <= share <= 1 for share in region):
+        return False
+    top, left, height, width = region
+    return height > 0 and width > 0 and top + height <= 1 and left + width <= 1
 
 
 @contextmanager
@@ -86,11 +99,10 @@ def check_features(config: PreTrainedConfig) -> None:
             f"VLA-0 needs at least one camera: no image feature among {inputs}. Use a data set or "
             "environment with images."
         )
-    unknown = [key for key in config.cameras or [] if key not in present]
-    if unknown:
-        raise ValueError(
-            f"cameras={config.cameras!r} names {unknown}, which are not there. Present: {present}."
-        )
+    for name, there in (("cameras", present), ("camera_regions", config.camera_keys)):
+        if unknown := [key for key in getattr(config, name) or [] if key not in there]:
+            value = getattr(config, name)
+            raise ValueError(f"{name}={value!r} names {unknown}, which are not there. Present: {there}.")
     shapes = {key: tuple(config.image_features[key].shape) for key in config.camera_keys}
     bad = [key for key, shape in shapes.items() if 3 not in (shape[0], shape[-1])]
     if bad:

@@ -25,7 +25,9 @@ from .config_types import (
     FormatVersion,
     Names,
     Normalizations,
+    Regions,
     check_features,
+    is_region,
     reasons_shown,
 )
 
@@ -37,6 +39,10 @@ SHARE = (lambda v: 0 <= v <= 1, "in [0, 1]")
 ALLOWED = {
     "dtype": (lambda v: v in DTYPES, f"one of {', '.join(DTYPES)}"),
     "cameras": (lambda v: v is None or 0 < len(v) == len(set(v)), "None or a list of different image keys"),
+    "camera_regions": (
+        lambda v: all(map(is_region, v.values())),
+        "{image key: [top, left, height, width]}, in shares of the picture, of a part that lies in it",
+    ),
     "image_size": (lambda v: 1 <= v <= 4096, "at least 1 pixel, and at most 4096"),
     "image_fit": (lambda v: v in ("squash", "letterbox", "crop"), "squash, letterbox or crop"),
     "crop_ratio": (lambda v: 0 < v <= 1, "in (0, 1]"),
@@ -105,6 +111,10 @@ class VLA0Config(PreTrainedConfig):
     # Cameras of the checkpoint that may be missing where it acts or is trained on; the model sees a black
     # picture in the place of each. At least 0; others that are missing are an error.
     empty_cameras: int = 0
+    # Part of a camera's picture that the model sees instead of the whole: {image key: [top, left, height,
+    # width]} in shares of the picture, each in [0, 1]. For objects that are small in it: the part may have
+    # fewer pixels than image_size, and is enlarged then.
+    camera_regions: Regions = field(default_factory=dict)
     # Side in pixels that each camera is resized to: a multiple of 28 for Qwen2.5-VL, Qwen2-VL and InternVL,
     # of 32 for Qwen3-VL, of 64 for SmolVLM2 (2.2B: 42); 896 for Gemma 3. Source: NVlabs, IMAGE.img_size.
     image_size: int = 224

@@ -16,7 +16,7 @@ from . import backbone
 from .action_codec import ActionCodec
 from .config_types import check_joints
 from .configuration_vla0 import VLA0Config
-from .images import fitted, prepare_images
+from .images import cut_out, fitted, prepare_images
 from .prompt import ChatFormatter
 from .relative import ORIGIN
 from .task_stats import TASK_RANGE
@@ -200,7 +200,7 @@ class ExampleMaker:
                 f"{OBS_STATE!r}, through the policy's preprocessor first."
             )
         return Observation(
-            [black[key] if key in black else batch[key] for key in config.camera_keys],
+            [cut_out({**batch, **black}[key], config.camera_regions.get(key)) for key in config.camera_keys],
             tasks,
             state,
             batch[TASK_RANGE] if by_task else None,
@@ -260,10 +260,11 @@ class ExampleMaker:
                 self._check_range(key, images)
                 self._trained_on.add(key)
                 (h, w), (to_h, to_w) = self._fitted(images)
+                part = " of its camera_regions" if key in config.camera_regions else ""
                 logging.info(
-                    f"{key}: {images.shape[-2]}×{images.shape[-1]} pixels, of which {h}×{w} are kept and "
-                    f"become {to_h}×{to_w} (crop_ratio={config.crop_ratio}, image_fit={config.image_fit}, "
-                    f"image_size={config.image_size})"
+                    f"{key}: {images.shape[-2]}×{images.shape[-1]} pixels{part}, of which {h}×{w} are kept "
+                    f"and become {to_h}×{to_w} (crop_ratio={config.crop_ratio}, "
+                    f"image_fit={config.image_fit}, image_size={config.image_size})"
                 )
         return prepare_images(
             observation.cameras,

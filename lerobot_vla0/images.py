@@ -6,6 +6,8 @@ no resize happens and evaluation pixels are exactly the camera's. Resized and ji
 bytes, in training and in acting, as the three codes that VLA-0 is trained with do it.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torchvision.transforms.v2.functional as F  # noqa: N812
 from torch import Tensor
@@ -31,6 +33,17 @@ def crop(
     return torch.stack(
         [image[:, i : i + h, j : j + w] for image, i, j in zip(images, tops, lefts, strict=True)]
     )
+
+
+def cut_out(images: Tensor, region: Sequence[float] | None) -> Tensor:
+    """(B, C, H, W) → the part at `region`, [top, left, height, width] in shares of the picture; its edges are
+    the nearest ones between pixels, and it has at least one pixel. None keeps the whole."""
+    if region is None:
+        return images
+    height, width = images.shape[-2:]
+    top, left = min(round(region[0] * height), height - 1), min(round(region[1] * width), width - 1)
+    bottom, right = round((region[0] + region[2]) * height), round((region[1] + region[3]) * width)
+    return images[..., top : max(bottom, top + 1), left : max(right, left + 1)]
 
 
 def _centre(images: Tensor, h: int, w: int, rounding: str) -> Tensor:

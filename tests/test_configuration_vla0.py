@@ -74,6 +74,7 @@ def test_a_server_is_not_saved(tmp_path):
 
 
 INF, NAN = float("inf"), float("nan")
+IMAGE2 = "observation.images.image2"
 REFUSED = [
     ("chunk_size", 10**9, "at most 1024"),
     ("num_bins", 10**9, "at most 100000"),
@@ -95,6 +96,9 @@ REFUSED = [
     ("ensemble_weight", 0.0, "in \\(0, 1\\]"),
     ("cameras", [], "list of different image keys"),
     ("cameras", ["a", "a"], "list of different image keys"),
+    ("camera_regions", {"a": [0.5, 0.0, 0.6, 1.0]}, "of a part that lies in it"),
+    ("camera_regions", {"a": [0.0, 0.0, 0.0, 1.0]}, "of a part that lies in it"),
+    ("camera_regions", {"a": [0.0, 0.0, 1.0]}, "\\[top, left, height, width\\]"),
     ("image_size", 0, "at least 1 pixel"),
     ("crop_ratio", 1.2, "in \\(0, 1\\]"),
     ("jitter_hue", 0.6, "in \\[0, 0.5\\]"),
@@ -160,11 +164,15 @@ def test_errors_of_several_fields_and_of_the_environment(arguments, message):
 def test_lists_and_dicts_are_yaml_for_new_policies_and_for_saved_ones(text, tmp_path):
     make_config("vlm", cameras=["a"]).save_pretrained(tmp_path)
     mapping = "{VISUAL: IDENTITY, STATE: QUANTILES, ACTION: QUANTILE10}"
-    arguments = [f"--cameras={text}", f"--normalization_mapping={mapping}"]
+    arguments = [
+        f"--cameras={text}",
+        f"--normalization_mapping={mapping}",
+        "--camera_regions={b: [0, 0, 1, 0.5]}",
+    ]
     saved = PreTrainedConfig.from_pretrained(tmp_path, cli_overrides=arguments)
     new = draccus.parse(VLA0Config, args=arguments)
     for config in (saved, new):
-        assert config.cameras == yaml.safe_load(text)
+        assert config.cameras == yaml.safe_load(text) and config.camera_regions == {"b": [0, 0, 1, 0.5]}
         assert config.normalization_mapping == yaml.safe_load(mapping)
         assert config.normalization_mapping["ACTION"] is NormalizationMode.QUANTILE10
     saved.save_pretrained(tmp_path)
@@ -203,6 +211,14 @@ def test_quantiles_are_accepted():
         (
             {"cameras": ["observation.images.top"]},
             "which are not there. Present: .*observation.images.image2",
+        ),
+        (
+            {"camera_regions": {"observation.images.top": [0, 0, 1, 1]}},
+            r"camera_regions=.* names \['observation.images.top'\], which are not there",
+        ),
+        (
+            {"cameras": [IMAGE2], "camera_regions": {"observation.images.image": [0, 0, 1, 1]}},
+            f"which are not there. Present: .'{IMAGE2}'",
         ),
         (
             {

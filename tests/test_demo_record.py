@@ -1,6 +1,7 @@
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -102,6 +103,24 @@ def test_episodes_with_other_instructions(tmp_path, throw_away, no_pictures, mon
     assert kept == [(7, MILK), (7, BUTTER)]
     episodes = load(out).meta.episodes
     assert [episode["tasks"] for episode in episodes] == [[MILK], [BUTTER]]
+
+
+def test_first_frames_only(tmp_path, no_pictures, capsys):
+    """Those of the whole recording; no episode is played to its end."""
+    config = RecordConfig(
+        out=tmp_path / "data", tasks=[7], episodes=1, assets="primitive", image_size=32, noise=0.1
+    )
+    record(replace(config, out=tmp_path / "first", first_frames=5))
+    assert "The first 5 frames of 1 of 1 episodes: 5 frames." in capsys.readouterr().out
+    record(config)
+    first, whole = load(tmp_path / "first"), load(tmp_path / "data")
+    assert len(first) == 5 < len(whole)
+    for i in range(5):
+        for key in ("action", "observation.state"):
+            assert (first[i][key] == whole[i][key]).all()
+    assert json.loads((tmp_path / "first/recording.json").read_text())["settings"]["first_frames"] == 5
+    with pytest.raises(ValueError, match="first_frames=-1 must be at least 0"):
+        record(replace(config, out=tmp_path / "other", first_frames=-1))
 
 
 @pytest.mark.parametrize("others", [0, 1])

@@ -2,6 +2,7 @@ import pickle
 
 import pytest
 import torch
+import torchvision.transforms.v2.functional as F  # noqa: N812
 from conftest import make_batch, make_config, observation
 
 from lerobot_vla0.examples import ExampleMaker
@@ -87,6 +88,33 @@ def test_training_says_once_what_becomes_of_each_camera(tiny_vlm, policy, caplog
     assert first.startswith("observation.images.image: 64×64 pixels, of which 56×56 are kept")
     assert second.startswith(
         "observation.images.image2: 96×128 pixels, of which 84×112 are kept and become 42×56"
+    )
+
+
+def test_part_of_one_cameras_picture_is_shown_enlarged(tiny_vlm, policy, caplog):
+    """In training and in acting; the other camera is shown whole."""
+    caplog.set_level("INFO")
+    regions = {"observation.images.image2": [0.5, 0.25, 0.5, 0.5]}
+    examples = ExampleMaker(
+        make_config(tiny_vlm, camera_regions=regions, crop_ratio=1.0), policy.vlm_processor
+    )
+    whole = ExampleMaker(make_config(tiny_vlm, crop_ratio=1.0), policy.vlm_processor)
+    batch = observation(make_batch(rows=2))
+    for generator in (None, torch.Generator().manual_seed(0)):
+        if generator is not None:
+            batch["observation.images.image2"] = batch["observation.images.image2"].clone()
+            batch["observation.images.image2"][..., :32, :] = 0.5  # outside the part
+        pictures = examples.pictures(examples.check(batch), generator)
+        assert pictures.shape == (2, 1, 3, 56, 112)
+        if generator is None:
+            first = pictures
+            part = F.resize(batch["observation.images.image2"][..., 32:, 16:48], [56, 56], antialias=True)
+            assert (pictures[:, 0, ..., 56:] - part * 255).abs().max() <= 1
+            other = whole.pictures(whole.check(batch), None)[..., :56]
+            assert torch.equal(pictures[..., :56], other)
+    assert torch.equal(examples.pictures(examples.check(batch), None), first)
+    assert (
+        "image2: 32×32 pixels of its camera_regions, of which 32×32 are kept and become 56×56" in caplog.text
     )
 
 

@@ -3,7 +3,7 @@ import torch
 import torchvision.transforms.v2.functional as F  # noqa: N812
 from PIL import Image
 
-from lerobot_vla0.images import color_jitter, crop, fitted, prepare_images
+from lerobot_vla0.images import color_jitter, crop, cut_out, fitted, prepare_images
 
 SETTINGS = {"size": 224, "crop_ratio": 0.875, "tile": True, "antialias": True}
 
@@ -22,6 +22,16 @@ def test_evaluation_pixels_at_256_are_exactly_the_cameras():
     assert out.shape == (2, 1, 3, 224, 448) and out.dtype == torch.uint8
     assert torch.equal(out[:, 0, :, :, :224], one[..., 16:240, 16:240])
     assert torch.equal(out[:, 0, :, :, 224:], two[..., 16:240, 16:240])
+
+
+def test_part_of_a_picture():
+    images = rand(2, 3, 40, 60)
+    assert torch.equal(cut_out(images, [0.25, 0.5, 0.5, 0.25]), images[..., 10:30, 30:45])
+    assert torch.equal(cut_out(images, [0, 0, 1, 1]), images) and cut_out(images, None) is images
+    parts = [cut_out(images, [0, share, 1, 0.25]) for share in (0, 0.25, 0.5, 0.75)]
+    assert torch.equal(torch.cat(parts, -1), images)
+    for corner in (0, 0.5, 0.9999):  # narrower than a pixel
+        assert cut_out(images, [corner, corner, 1e-4, 1e-4]).shape == (2, 3, 1, 1)
 
 
 @pytest.mark.parametrize("convert", [lambda x: x / 255, lambda x: x * (1 / 255), lambda x: x / 255 - 1e-8])

@@ -74,8 +74,8 @@ MADE = """\
 {% endif %}| pictures | {{ config.camera_keys | join(", ") }}: \
 crop {{ config.crop_ratio }} (random in training), \
 {{ config.image_fit }} to {{ config.image_size }}×{{ config.image_size }} pixels, \
-{{ "side by side in one picture" if config.tile_images else "one picture each" }}; \
-colour jitter {{ config.jitter }}\
+{{ "side by side in one picture" if config.tile_images else "one picture each" }}; colour jitter \
+{{ config.jitter }}{{ "; camera_regions %s" % config.camera_regions if config.camera_regions }}\
 {{ "; %d may be missing, and is black then" % config.empty_cameras if config.empty_cameras }} |
 | prompt | {{ 'with' if config.add_vision_id else 'without' }} "Picture 1: " before the picture \
 (`add_vision_id={{ config.add_vision_id | lower }}`) |

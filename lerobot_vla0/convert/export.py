@@ -15,7 +15,10 @@ from ..options import PolicyOptions
 
 ACTION_SPEC = "action_spec.json"
 SPEC_VERSION = 1
-PICTURE_FIELDS = ("image_fit", "crop_ratio", "crop_rounding", "image_size", "tile_images", "resize_antialias")
+PICTURE_FIELDS = (
+    "camera_regions", "image_fit", "crop_ratio", "crop_rounding", "image_size", "tile_images",
+    "resize_antialias",
+)  # fmt: skip
 SHARD_BYTES = 2 * 1024**3  # largest file of weights
 
 
@@ -122,11 +125,12 @@ def action_spec(folder: Path, config: VLA0Config, chat: Any) -> dict[str, Any]:
             "count": chat.num_pictures,
             "height": chat.picture_size[0],
             "width": chat.picture_size[1],
-            "preparation": "each camera: centre crop of crop_ratio of height and width (crop_rounding: where "
-            "it begins if it lies between two pixels), bilinear resize of floats to image_size × image_size, "
-            "truncated to bytes; image_fit crop takes the middle square before, letterbox resizes the longer "
-            "side to image_size and centres the picture on black; with tile_images side by side in the order "
-            "of `cameras`",
+            "preparation": "each camera: its part at camera_regions ([top, left, height, width] in shares, "
+            "edges rounded to pixels), if it has one; centre crop of crop_ratio of height and width "
+            "(crop_rounding: where it begins if it lies between two pixels), bilinear resize of floats to "
+            "image_size × image_size, truncated to bytes; image_fit crop takes the middle square before, "
+            "letterbox resizes the longer side to image_size and centres the picture on black; with "
+            "tile_images side by side in the order of `cameras`",
             **{name: getattr(config, name) for name in PICTURE_FIELDS},
         },
         "state": "appended to the instruction as '\\nState: <integers>'" if config.use_state else None,

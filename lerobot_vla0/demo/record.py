@@ -46,6 +46,9 @@ class RecordConfig:
     # Episodes played per further instruction that a task's scene allows (libero_object: five, to pick up
     # another object). With none, the scene tells what to do, and a policy need not read.
     other_episodes: int = 0
+    # Frames kept of each episode, from its first; 0 keeps all, of those that succeed. In the first ones the
+    # instruction counts most: a data set of these teaches a policy to read.
+    first_frames: int = 0
     # Number of LIBERO's 50 stored initial states in use: episode i starts from state i modulo this. The
     # others are held out, for evaluation on states that the policy has never seen.
     init_states: int = 50
@@ -129,6 +132,8 @@ def _check(config: RecordConfig) -> None:
         raise ValueError(f"noise={config.noise} must be in 0..1: actions are in [-1, 1].")
     if config.other_episodes < 0:
         raise ValueError(f"other_episodes={config.other_episodes} must be at least 0.")
+    if config.first_frames < 0:
+        raise ValueError(f"first_frames={config.first_frames} must be at least 0.")
     check_cameras(config.cameras)
     if config.video and config.image_size % 2:
         raise ValueError(f"image_size={config.image_size} must be even for video.")
@@ -175,7 +180,10 @@ def _record(config: RecordConfig, folder: Path) -> BaseException | None:
     info |= {"tried": tried, "episodes": kept}
     (folder / RECORD_FILE).write_text(json.dumps(info, indent=2))
     rate = f"{100 * len(kept) / tried:.0f} %"
-    print(f"The expert solved {len(kept)} of {tried} episodes ({rate}): {dataset.num_frames} frames.")
+    what = f"The expert solved {len(kept)} of {tried} episodes ({rate})"
+    if config.first_frames:
+        what = f"The first {config.first_frames} frames of {len(kept)} of {tried} episodes"
+    print(f"{what}: {dataset.num_frames} frames.")
     return stopped
 
 
@@ -203,7 +211,8 @@ def jobs_of(config: RecordConfig, task: int) -> list[tuple[int, str, int]]:
 
 
 def play_episode(config: RecordConfig, task: int, instruction: str, episode: int) -> list[dict[str, Any]]:
-    """Frames of one episode of the expert, without no-ops; none if it did not succeed."""
+    """Frames of one episode of the expert, without no-ops: all, or none if it did not succeed; with
+    `first_frames`, so many."""
     settings = {"image_size": config.image_size, "cameras": config.cameras, "assets": config.assets}
     env = switch_environment(config.suite, task, **settings)
     options = {"init_state": episode % config.init_states, "instruction": instruction}
@@ -219,6 +228,8 @@ def play_episode(config: RecordConfig, task: int, instruction: str, episode: int
             frame = {f"{OBS_IMAGES}.{camera}": picture for camera, picture in pixels.items()}
             frame |= {"observation.state": observation["agent_pos"], "action": action, "task": info["task"]}
             frames.append(frame)
+            if len(frames) == config.first_frames:
+                return frames
         gripper = action[6]
         executed = action.copy()
         executed[:6] += config.noise * noise.standard_normal(6)
