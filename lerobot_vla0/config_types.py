@@ -51,13 +51,13 @@ class Normalizations(dict[str, NormalizationMode]):
     """A dict that may be YAML text."""
 
 
+class Regions(dict[str, list[float]]):
+    """{image key: part of its picture}, a dict that may be YAML text."""
+
+
 def _from_yaml(plain: type) -> Callable[[object, Sequence[str]], object]:
     read = decoding.get_decoding_fn(plain)
     return lambda raw, path: read(YAMLParser.parse_string(raw) if isinstance(raw, str) else raw, path)
-
-
-class Regions(dict[str, list[float]]):
-    """{image key: part of its picture}, a dict that may be YAML text."""
 
 
 draccus.decode.register(Names, _from_yaml(list[str]))
