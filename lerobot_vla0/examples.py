@@ -166,7 +166,7 @@ class ExampleMaker:
                 f"the cameras {missing} are not there: the model sees black pictures "
                 f"(empty_cameras={config.empty_cameras})."
             )
-        black = {key: torch.zeros_like(batch[keys[0]]) for key in missing}
+        pictures = {**batch, **{key: torch.zeros_like(batch[keys[0]]) for key in missing}}
         tasks, is_default = _instructions(batch.get("task"), len(batch[keys[0]]), config.default_task)
         if is_default and not self._is_default_shown:
             self._is_default_shown = True
@@ -200,7 +200,7 @@ class ExampleMaker:
                 f"{OBS_STATE!r}, through the policy's preprocessor first."
             )
         return Observation(
-            [cut_out({**batch, **black}[key], config.camera_regions.get(key)) for key in config.camera_keys],
+            [cut_out(pictures[key], config.camera_regions.get(key)) for key in config.camera_keys],
             tasks,
             state,
             batch[TASK_RANGE] if by_task else None,
