@@ -26,6 +26,9 @@ from .config_types import DTYPES
 from .families import FAMILIES, family
 from .files import check_kinds, read_json, reading, weight_files
 
+# What `lerobot-vla0 export` puts before Qwen's chat template, since engines do not know the policy's setting.
+VISION_ID_SET = {value: f"{{% set add_vision_id = {str(value).lower()} %}}" for value in (False, True)}
+
 
 @contextmanager
 def _readable(vlm: str | Path) -> Iterator[None]:
@@ -45,14 +48,19 @@ def _readable(vlm: str | Path) -> Iterator[None]:
 
 
 def load_processor(vlm: str | Path, revision: str | None = None) -> Any:
-    """The VLM's processor at a Hub id or folder.
+    """The VLM's processor at a Hub id or folder; of an exported one the chat template as it was before.
 
     Raises:
         ImportError: it needs a package that is not installed.
         ValueError: a file of it is missing or damaged.
     """
     with _readable(vlm):
-        return AutoProcessor.from_pretrained(vlm, revision=revision, trust_remote_code=False)
+        processor = AutoProcessor.from_pretrained(vlm, revision=revision, trust_remote_code=False)
+    for part in (processor, getattr(processor, "tokenizer", processor)):
+        for line in VISION_ID_SET.values():
+            if isinstance(part.chat_template, str):
+                part.chat_template = part.chat_template.removeprefix(line)
+    return processor
 
 
 def read_config(vlm: str | Path, revision: str | None = None) -> Any:

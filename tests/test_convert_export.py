@@ -72,6 +72,23 @@ def test_spec_holds_all_that_a_client_and_an_import_need(learnt, exported):
             assert torch.equal(torch.tensor(saved["values"], dtype=getattr(torch, saved["dtype"])), value)
 
 
+def test_training_from_an_export_has_its_own_setting(learnt, exported, tmp_path, caplog):
+    """add_vision_id, of which an exported chat template knows the value. Transformers warns, once for each
+    prompt, if it is given what a template does not ask for."""
+    assert "{% set add_vision_id" in (exported / "chat_template.jinja").read_text()
+    kept = VLA0Policy.from_pretrained(learnt[0]).config.add_vision_id
+    for value in (kept, not kept):
+        caplog.clear()
+        policy = VLA0Policy(make_config(exported, add_vision_id=value))
+        text = policy.examples.chat.tokenizer.decode(policy.examples.chat.prompt_ids("open the drawer"))
+        assert ("Picture 1: " in text) == value
+        assert "processor_kwargs" not in caplog.text
+    policy.save_pretrained(tmp_path / "policy")
+    make_vla0_pre_post_processors(policy.config, make_stats())[0].save_pretrained(tmp_path / "policy")
+    again = run_export(tmp_path / "policy", tmp_path / "again")
+    assert (again / "chat_template.jinja").read_text().count("{% set add_vision_id") == 1
+
+
 def test_generation_is_neutral_and_weights_are_plain(learnt, exported):
     generation = GenerationConfig.from_pretrained(exported)
     assert not generation.do_sample and generation.repetition_penalty in (None, 1.0)

@@ -65,6 +65,7 @@ def write_export(folder: Path, config: VLA0Config, out: Path) -> None:
     # Imported here: transformers takes seconds, and `--help` must not.
     from transformers import GenerationConfig
 
+    from ..backbone import VISION_ID_SET
     from ..families import family
     from ..modeling_vla0 import VLA0Policy
 
@@ -83,7 +84,7 @@ def write_export(folder: Path, config: VLA0Config, out: Path) -> None:
     # Engines do not know the settings in `config`, so chat template and processor get them as their defaults.
     template = processor.chat_template
     if "add_vision_id" in template:
-        template = "{% set add_vision_id = " + str(config.add_vision_id).lower() + " %}" + template
+        template = VISION_ID_SET[config.add_vision_id] + template
     if chat.lead:
         template += "{% if add_generation_prompt %}{{ " + repr(chat.lead) + " }}{% endif %}"
     processor.chat_template = processor.tokenizer.chat_template = template
