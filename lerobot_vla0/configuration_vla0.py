@@ -226,6 +226,7 @@ class VLA0Config(PreTrainedConfig):
     # adapts to how many are accepted; with 0, only tokens that the grammar determines are fed ahead.
     draft_length: int | None = None
     # 0 decodes greedily; above 0 samples from the allowed tokens at this temperature.
+    # Decoded greedily, a policy may stay where waiting is always the most likely action.
     temperature: float = 0.0
     # Decode on between calls of `select_action`: the first action of a prediction is returned as soon as it
     # is written. Not with ensemble_size > 1.
