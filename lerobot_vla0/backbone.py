@@ -48,7 +48,7 @@ def _readable(vlm: str | Path) -> Iterator[None]:
 
 
 def load_processor(vlm: str | Path, revision: str | None = None) -> Any:
-    """The VLM's processor at a Hub id or folder; of an exported one the chat template as it was before.
+    """The VLM's processor at a Hub id or folder; of an exported one without the add_vision_id that was set.
 
     Raises:
         ImportError: it needs a package that is not installed.
