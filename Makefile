@@ -6,7 +6,7 @@
 SHELL := /bin/bash
 # uv from PATH if it runs, else one of our own in .tools.
 UV := $(shell uv --version >/dev/null 2>&1 && command -v uv || echo $(CURDIR)/.tools/bin/uv)
-RUN := $(UV) run --locked --all-extras --no-extra qlora
+RUN := $(UV) run --locked --all-extras
 # A process for each of two cores; PyTorch's threads would only get into each other's way.
 PYTEST := OMP_NUM_THREADS=1 $(RUN) pytest -n 2 --dist loadfile
 DEMO := outputs/demo
@@ -26,20 +26,18 @@ unexport PYTHONDONTWRITEBYTECODE
 # One task, ten of LIBERO's 50 initial states; the last ten are held out.
 demo: setup render
 	@test ! -e $(DEMO) || { echo "$(DEMO) exists: remove it first (rm -r $(DEMO))."; exit 1; }
-	$(RUN) lerobot-vla0 record --out=$(DEMO)/dataset --suite=libero_object --tasks=[2] --episodes=20 --init_states=10 \
+	$(RUN) python examples/libero_demo/record.py --out=$(DEMO)/dataset --tasks=[2] --episodes=20 --init_states=10 \
 		--noise=0.15 --image_size=112 --cameras=[image] --workers=2 --assets=primitive
-	$(RUN) lerobot-vla0 tiny-vlm --out=$(DEMO)/vlm --hidden_size=96 --num_heads=3 --num_layers=3
+	$(RUN) python examples/libero_demo/tiny_vlm.py --out=$(DEMO)/vlm --hidden_size=96 --num_heads=3 --num_layers=3
 	set -o pipefail; $(RUN) lerobot-train --config_path=configs/demo_train.yaml 2>&1 | tee $(DEMO)/train.log
-	$(RUN) lerobot-vla0 curve --log=$(DEMO)/train.log --out=$(DEMO)/loss.png
 	$(DEMO_EVAL) --out=$(DEMO)/eval_seen
 	$(DEMO_EVAL) --out=$(DEMO)/eval_held_out --first_init_state=40
-	$(RUN) lerobot-vla0 strip --policy.path=$(DEMO_POLICY) --out=$(DEMO)/demo.png \
-		--log=$(DEMO)/train.log --reports=$(DEMO)/eval_seen,$(DEMO)/eval_held_out
+	$(RUN) python examples/libero_demo/picture.py --policy.path=$(DEMO_POLICY) --out=$(DEMO)/demo.png \
+		--log=$(DEMO)/train.log --reports=[$(DEMO)/eval_seen,$(DEMO)/eval_held_out]
 	@echo
 	@echo "on the initial states it was trained on:"; grep '^| libero.*pick' $(DEMO)/eval_seen/report.md
 	@echo "on initial states it has never seen:"; grep '^| libero.*pick' $(DEMO)/eval_held_out/report.md
 	@echo "checkpoint  $(DEMO_POLICY)"
-	@echo "loss curve  $(DEMO)/loss.png"
 	@echo "failures    $(DEMO)/eval_seen/videos/ $(DEMO)/eval_held_out/videos/ (if there were any)"
 	@echo "all of it in one picture: $(CURDIR)/$(DEMO)/demo.png"
 
@@ -71,7 +69,7 @@ lint: setup
 
 setup:
 	@test -x "$(UV)" || $(UV) --version >/dev/null 2>&1 || python3 -m pip install --quiet --target .tools uv
-	$(UV) sync --locked --all-extras --no-extra qlora
+	$(UV) sync --locked --all-extras
 
 # Off-screen rendering on the CPU. ffmpeg's libraries are LeRobot's (torchcodec's) and optional: without them LeRobot
 # falls back to another video decoder after a page of warnings.

@@ -1,99 +1,65 @@
-"""Checkpoints: what a path holds, and whether it is complete.
-
-A checkpoint is a folder or a Hub repo with config.json, model.safetensors, vlm/ and the two processors; after
+"""Checkpoints: folders or Hub repos with config.json, model.safetensors, vlm/ and the two processors; after
 training with PEFT, adapter_model.safetensors and adapter_config.json take the place of the weights.
-"""
 
+`find_checkpoint` reads one, once, and refuses files that could run code; `check_checkpoint` refuses what
+would act wrongly."""
+
+import json
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from types import ModuleType
+from typing import Any, Literal, Self
 
+import draccus
 import torch
 from huggingface_hub import hf_hub_download, snapshot_download
 from lerobot.configs import PreTrainedConfig
-from lerobot.utils.constants import (
-    ACTION,
-    POLICY_POSTPROCESSOR_DEFAULT_NAME,
-    POLICY_PREPROCESSOR_DEFAULT_NAME,
-)
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from lerobot.utils.constants import ACTION
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
-from .files import check_kinds, file_inside, not_found, read_json, reading
-from .task_stats import STATISTICS, check_action_statistics, check_state_statistics
+from . import vlm
+from .configuration_vla0 import VLA0Config, upgrade
+from .dataset import STATISTICS, check_action_statistics, check_state_statistics
+from .files import file_inside, not_found, read_json, reading
 
 VLM_FOLDER = "vlm"  # config, tokenizer and image processor of the VLM
 WEIGHTS = "model.safetensors"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-# The steps of the two processors by their names in LeRobot's registry, with the settings that are saved. One
-# can be of this package, which is named by its class; those of RELATIVE_STEPS can be missing.
-_NORMALIZER = {"eps", "features", "norm_map", "normalize_observation_keys"}
-STEPS: dict[str, dict[str, set[str]]] = {
-    f"{POLICY_PREPROCESSOR_DEFAULT_NAME}.json": {
-        "rename_observations_processor": {"rename_map"},
-        "to_batch_processor": set(),
-        "device_processor": {"device", "float_dtype"},
-        "relative_actions_processor": {"enabled", "exclude_joints", "action_names"},
-        "normalizer_processor": _NORMALIZER,
-        "vla0_action_encoder_processor": {"num_bins"},
-    },
-    f"{POLICY_POSTPROCESSOR_DEFAULT_NAME}.json": {
-        "vla0_action_decoder_processor": {"num_bins"},
-        "unnormalizer_processor": _NORMALIZER,
-        "absolute_actions_processor": {"enabled"},
-        "device_processor": {"device", "float_dtype"},
-    },
-}
-RELATIVE_STEPS = ("relative_actions_processor", "absolute_actions_processor")
-OWN_STEPS = [f"{__package__}.{module}.normalizer_processor" for module in ("task_stats", "relative")]
-OWN_STEPS.append(f"{__package__}.relative.relative_actions_processor")
-# LeRobot's normaliser takes it for the range of a dimension that is constant.
-MAX_EPS = 1e-3
+PREPROCESSOR, POSTPROCESSOR = "policy_preprocessor.json", "policy_postprocessor.json"
 # Arguments of `from_pretrained` that are handed to the Hub's client.
 HUB_OPTIONS = ("force_download", "cache_dir", "local_files_only", "token")
 
-
-@contextmanager
-def readable(file: str | Path) -> Iterator[None]:
-    """Around loading weights: turns the loader's errors into one that names the file.
-
-    Raises:
-        ValueError: the file is truncated, or its tensors do not fit.
-    """
-    try:
-        yield
-    except (SafetensorError, RuntimeError) as error:
-        raise ValueError(
-            f"{file} could not be loaded ({str(error).splitlines()[0]}). The file is truncated or belongs to "
-            "another model: copy or download it again."
-        ) from error
+# Steps of this package with the names of LeRobot's are saved by the name of their class.
+# Version 0.1.0 had them in the modules task_stats and relative.
+OWN_STEPS = [
+    f"{__package__}.{module}.{step}_processor"
+    for module in ("processor_vla0", "task_stats", "relative")
+    for step in ("normalizer", "relative_actions")
+]
+ANY = object()  # for a setting that does not change what integers mean
+Statistics = dict[str, dict[str, Tensor]]  # {feature: {"min": (D,), "max": (D,)}}
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a path or Hub id holds."""
+    """What was read of a folder or Hub repo: everything but the weights."""
 
-    kind: Literal["policy", "adapter", "vlm"]  # "vlm": a model as Transformers writes it, and no policy
-    path: str  # as it was given
+    kind: Literal["policy", "adapter", "vlm"]  # "vlm": a model as Transformers writes it, without a policy
+    path: str  # as the user wrote it
     revision: str | None  # of a Hub repo
     folder: Path  # on this machine; of a VLM on the Hub, it holds config.json only
+    config: VLA0Config | None = None  # None for a VLM
+    statistics: dict[str, Statistics] = field(default_factory=dict)  # of the processors, by file name
+    base: Self | None = None  # of an adapter
 
 
-def find_config(path: str | Path, **hub: Any) -> Path:
-    """The config.json of a folder, whether it is there or not, or of a Hub repo, downloaded.
-
-    Args:
-        hub: revision, token, cache_dir, ..., as `hf_hub_download` takes them.
-
-    Raises:
-        FileNotFoundError: `path` is no folder, and no repo that can be read.
-        ValueError: it is a folder that holds a pipe or a device.
-    """
+def _find_config(path: str | Path, **hub: Any) -> Path:
+    """config.json of a folder, whether it is there or not, or of a Hub repo, downloaded."""
     if Path(path).is_dir():
-        check_kinds(Path(path))
         return Path(path) / "config.json"
     try:
         return Path(hf_hub_download(str(path), "config.json", **hub))
@@ -102,75 +68,65 @@ def find_config(path: str | Path, **hub: Any) -> Path:
 
 
 def find_checkpoint(path: str | Path, *, weights: bool = True, **hub: Any) -> Checkpoint:
-    """Finds out what a folder or Hub repo holds, and downloads a policy's or adapter's files. Its processors
-    are checked by `admit_processors`.
+    """Reads what a folder or Hub repo holds, and for an adapter its base. All but VLMs are downloaded.
 
     Args:
         weights: download the weights, too; otherwise, of the tensors, only the processors' statistics.
         hub: revision, token, cache_dir, ..., as `hf_hub_download` takes them.
-
-    Raises:
-        FileNotFoundError: it is no folder, and no repo that can be read.
-        ValueError: a file is damaged, it is a policy of another type, or its processors have a step that is
-            not admitted.
     """
-    local, file = Path(path).is_dir(), find_config(path, **hub)
-    kind, folder = "policy", file.parent
-    saved = read_json(file) if file.is_file() else {}
+    file, revision = _find_config(path, **hub), hub.get("revision")
+    saved, folder = read_json(file), file.parent
     if "model_type" in saved and "type" not in saved:
-        kind = "vlm"
-    elif saved.get("type", "vla0") != "vla0":
-        raise ValueError(
-            f"{path} holds a policy of type {saved['type']!r}, not vla0. Name a checkpoint of VLA-0, or the "
-            "type that this one has."
-        )
-    elif not local:
+        return Checkpoint("vlm", str(path), revision, folder)
+    if saved.get("type") != "vla0":
+        raise ValueError(f"{path} holds a policy of type {saved.get('type')!r}, not vla0.")
+    if not Path(path).is_dir():
         tensors = "*.safetensors" if weights else "policy_*.safetensors"
         folder = Path(snapshot_download(str(path), allow_patterns=["*.json", tensors], **hub))
-        if hub.get("revision") is not None:
-            # lerobot-eval 0.6.1 takes the processors of the newest commit, whatever revision it is given.
-            for name in STEPS:
-                with suppress(OSError):  # not there, or no network: LeRobot cannot read it either
-                    admit_processors(
-                        Path(hf_hub_download(str(path), name, **{**hub, "revision": None})).parent
-                    )
-    admit_processors(folder)
-    if kind == "policy" and (folder / ADAPTER_CONFIG).is_file():
-        kind = "adapter"
-    return Checkpoint(kind, str(path), hub.get("revision"), folder)
+        if revision is not None:
+            # lerobot-eval 0.6.1 takes the processors of the newest commit, whatever revision it is asked for.
+            with suppress(OSError):  # no network: LeRobot cannot read them either
+                find_checkpoint(path, weights=False, **{**hub, "revision": None})
+    config = draccus.decode(VLA0Config, upgrade({k: v for k, v in saved.items() if k != "type"}))
+    files = [name for name in (PREPROCESSOR, POSTPROCESSOR) if (folder / name).is_file()]
+    statistics = {name: _read_processor(folder / name, config) for name in files}
+    policy = Checkpoint("policy", str(path), revision, folder, config, statistics)
+    if not (folder / ADAPTER_CONFIG).is_file():
+        return policy
+    adapter = read_adapter_config(folder / ADAPTER_CONFIG)
+    try:
+        hub["revision"] = adapter.get("revision")
+        base = find_checkpoint(adapter["base_model_name_or_path"], weights=weights, **hub)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"the base of the adapter {path} is not there: {error} If it has moved, correct "
+            f"base_model_name_or_path in {ADAPTER_CONFIG}."
+        ) from error
+    return replace(policy, kind="adapter", base=base)
 
 
-def admit_processors(folder: Path) -> None:
-    """Refuses processors with other steps or settings than this package saves: LeRobot imports any class that
-    a step names, and calls it; some steps of its own registry load code or files. LeRobot's scripts load the
-    policy first, and so come here before.
-
-    Raises:
-        ValueError: names the file and the step.
-    """
-    for name, admitted in STEPS.items():
-        file = folder / name
-        if not file.is_file():
-            continue
-        with reading(file):
-            steps = read_json(file)["steps"]
-            found = [_step_name(step) for step in steps]
-            expected = {s: v for s, v in admitted.items() if s in found or s not in RELATIVE_STEPS}
-            if found != list(expected):
-                raise ValueError(
-                    f"{file} has the steps {found}, which could run code of whoever wrote it. It was not "
-                    f"loaded: a processor of this package has {list(expected)}."
-                )
-            for step, settings in zip(steps, expected.values(), strict=True):
-                # `stats`, for example, would take the place of the statistics that are checked.
-                unknown = sorted(step["config"].keys() - settings)
-                if unknown or not step.keys() <= {"registry_name", "class", "config", "state_file"}:
-                    raise ValueError(
-                        f"{file}: the step {_step_name(step)!r} has settings that this package "
-                        f"does not save ({', '.join(unknown or step)}). It was not loaded."
-                    )
-                if step.get("state_file") is not None:
-                    file_inside(folder, step["state_file"], file)
+def _read_processor(file: Path, config: VLA0Config) -> Statistics:
+    """The statistics of a saved processor. Refuses steps and settings that are not those of its config:
+    LeRobot imports any class that a step names. Its scripts load the policy, and so come here, before."""
+    expected, statistics = _expected_steps(config)[file.name], {}
+    with reading(file):
+        steps = read_json(file)["steps"]
+        names = [_step_name(step) for step in steps]
+        if names != list(expected):
+            raise ValueError(
+                f"{file} has the steps {names}, which could run code of whoever wrote it. It was not loaded: "
+                f"with this config.json a processor of this package has {list(expected)}."
+            )
+        for step, (name, settings) in zip(steps, expected.items(), strict=True):
+            _check_settings(step, settings, f"{file}: {name}")
+            if step.get("state_file") is not None:
+                state = file_inside(file.parent, step["state_file"], file)
+                with reading(state):
+                    tensors = load_file(state)
+                for key, values in tensors.items():
+                    feature, _, statistic = key.rpartition(".")
+                    statistics.setdefault(feature, {})[statistic] = values
+    return statistics
 
 
 def _step_name(step: dict[str, Any]) -> str:
@@ -181,131 +137,177 @@ def _step_name(step: dict[str, Any]) -> str:
     return named.rpartition(".")[2] if named in OWN_STEPS else named
 
 
-def check_checkpoint(
-    folder: Path, saved: PreTrainedConfig, config: PreTrainedConfig, weights: bool = True
-) -> None:
-    """Refuses a folder that would load into a policy that acts wrongly.
+def _check_settings(step: dict[str, Any], expected: dict[str, Any], where: str) -> None:
+    saved = step["config"]
+    unknown = saved.keys() - expected | step.keys() - {"registry_name", "class", "config", "state_file"}
+    if unknown:  # `stats`, for example, would take the place of the statistics that are checked
+        raise ValueError(f"{where} has settings that this package does not save: {sorted(unknown)}.")
+    for name, value in expected.items():
+        if value is not ANY and saved.get(name) != value:
+            raise ValueError(f"{where}: {name}={saved.get(name)!r}, and config.json asks for {value!r}.")
+
+
+def _expected_steps(config: VLA0Config) -> dict[str, dict[str, dict[str, Any]]]:
+    """By file, the steps of the two processors, in order, and the values of their settings."""
+    norm_map = {kind: mode.value for kind, mode in config.normalization_mapping.items()}
+    normalizer = {"eps": 1e-8, "norm_map": norm_map, "features": ANY, "normalize_observation_keys": ANY}
+    names, exclude = config.action_feature_names, config.relative_exclude_joints
+    relative = {"enabled": True, "exclude_joints": exclude, "action_names": names}
+    is_relative, device = config.use_relative_actions, {"device": ANY, "float_dtype": ANY}
+    return {
+        PREPROCESSOR: {
+            "rename_observations_processor": {"rename_map": ANY},
+            "to_batch_processor": {},
+            "device_processor": device,
+            **({"relative_actions_processor": relative} if is_relative else {}),
+            "normalizer_processor": normalizer,
+            "vla0_action_encoder_processor": {"num_bins": config.num_bins},
+        },
+        POSTPROCESSOR: {
+            "vla0_action_decoder_processor": {"num_bins": config.num_bins},
+            "unnormalizer_processor": normalizer,
+            **({"absolute_actions_processor": {"enabled": True}} if is_relative else {}),
+            "device_processor": device,
+        },
+    }
+
+
+def check_checkpoint(checkpoint: Checkpoint, config: VLA0Config) -> None:
+    """Refuses a checkpoint that would load into a policy that acts wrongly.
 
     Args:
-        folder: the checkpoint.
-        saved: its own config.
-        config: the one it is loaded with, with overrides and the features of the data set or environment.
-        weights: whether they must be there.
-
-    Raises:
-        FileNotFoundError: weights, VLM config or the file of the statistics are missing.
-        ValueError: the action dimension or `num_bins` differ from the checkpoint's, it names a server, or its
-            processors differ from its config or lack statistics, or these cannot be used.
+        config: the one it is loaded with: its own, or with overrides and other features.
     """
+    folder, saved = checkpoint.folder, checkpoint.config
     if saved.server is not None and config.server == saved.server:
         raise ValueError(
-            f"{folder / 'config.json'} names server={saved.server!r}, which would see the pictures and the "
-            "key, and move the robot. A checkpoint cannot choose one: set it to null there, and give yours "
-            "with --policy.server."
+            f"{folder / 'config.json'} names server={saved.server!r}, which would see the pictures and move "
+            "the robot. A checkpoint cannot choose one: give yours with --policy.server."
         )
-    for name in (*([WEIGHTS] if weights else []), f"{VLM_FOLDER}/config.json"):
+    for name in (*([WEIGHTS] if config.server is None else []), f"{VLM_FOLDER}/config.json"):
         if not (folder / name).is_file():
-            raise FileNotFoundError(
-                f"{folder} is no VLA-0 checkpoint: {name} is missing. Expected what `save_pretrained` writes "
-                f"(config.json, {WEIGHTS}, {VLM_FOLDER}/, policy_preprocessor.json, "
-                f"policy_postprocessor.json)."
-            )
-    if saved.action_feature is not None and config.action_feature is not None:
-        was, now = saved.action_feature.shape[0], config.action_feature.shape[0]
-        if was != now:
+            raise FileNotFoundError(f"{folder} is no VLA-0 checkpoint: {name} is missing.")
+    if None not in (saved.action_feature, config.action_feature):
+        dimensions, here = saved.action_feature.shape[0], config.action_feature.shape[0]
+        if dimensions != here:
             raise ValueError(
-                f"action has {now} dimensions here, but the checkpoint {folder} was trained with {was}. To "
-                f"train for another robot, start from the VLM: --policy.type=vla0 --policy.vlm={saved.vlm}."
+                f"action has {here} dimensions here, but the checkpoint {folder} was trained with "
+                f"{dimensions}. To train for another robot, start from the VLM: --policy.type=vla0."
             )
     for name in ("num_bins", "action_norm", "use_relative_actions", "relative_exclude_joints"):
-        was, now = getattr(saved, name), getattr(config, name)
-        if was != now:
+        trained, value = getattr(saved, name), getattr(config, name)
+        if trained != value:
             raise ValueError(
-                f"{name}={now!r} differs from the checkpoint's {was!r} ({folder}): the integers would mean "
-                f"other actions. Leave {name} out."
+                f"{name}={value!r} differs from the checkpoint's {trained!r} ({folder}): the integers would "
+                f"mean other actions. Leave {name} out."
             )
-    # A postprocessor without statistics would hand normalised actions in [-1, 1] to the robot.
-    postprocessor = folder / f"{POLICY_POSTPROCESSOR_DEFAULT_NAME}.json"
-    if not postprocessor.is_file():
-        logging.warning(
-            f"{folder} holds weights only: {postprocessor.name} (statistics of the actions) is missing."
-        )
+    if POSTPROCESSOR not in checkpoint.statistics:
+        logging.warning(f"{folder} holds weights only: {POSTPROCESSOR} (statistics of actions) is missing.")
         return
-    actions = _statistics(postprocessor)
-    check_action_statistics(saved, actions, str(postprocessor))
-    _check_settings(saved, postprocessor)
-    preprocessor = folder / f"{POLICY_PREPROCESSOR_DEFAULT_NAME}.json"
-    if not preprocessor.is_file():
-        return
-    stats = _statistics(preprocessor)
-    check_state_statistics(saved, stats, str(preprocessor))
-    check_action_statistics(saved, stats, str(preprocessor))
-    _check_settings(saved, preprocessor)
+    for name, statistics in checkpoint.statistics.items():
+        check_action_statistics(saved, statistics, str(folder / name))
+        if name == PREPROCESSOR:
+            check_state_statistics(saved, statistics, str(folder / name))
     for name in STATISTICS[saved.normalization_mapping["ACTION"]]:
-        if not torch.equal(stats[ACTION][name], actions[ACTION][name]):
-            raise ValueError(
-                f"{preprocessor} and {postprocessor.name} have different {name} of {ACTION!r}: they are not "
-                "of one training. Copy or download the whole checkpoint."
-            )
+        first, *others = (statistics[ACTION][name] for statistics in checkpoint.statistics.values())
+        if any(not torch.equal(first, other) for other in others):
+            raise ValueError(f"{folder}: the two processors have different {name} of {ACTION!r}.")
 
 
-def _check_settings(config: PreTrainedConfig, processor: Path) -> None:
-    """Raises ValueError if a saved processor counts on other bins or another normalisation than the config,
-    so that integers would mean other actions; or moves dimensions that were constant in training."""
-    expected = {kind: config.normalization_mapping[kind].value for kind in ("ACTION", "STATE")}
-    with reading(processor):
-        steps = read_json(processor)["steps"]
-        enabled = [step["config"].get("enabled") for step in steps if _step_name(step) in RELATIVE_STEPS]
-        if enabled != [True] * config.use_relative_actions:
-            raise ValueError(
-                f"{processor}: enabled={enabled} of {' or '.join(RELATIVE_STEPS)} does not fit "
-                f"use_relative_actions={config.use_relative_actions} of config.json. Copy or download the "
-                "whole checkpoint."
-            )
-        for step in steps:
-            name, settings = step.get("registry_name") or step.get("class", ""), step.get("config", {})
-            differing = {}
-            if name.startswith("vla0_action_"):
-                differing = {"num_bins": (settings.get("num_bins", 1000), config.num_bins)}
-            elif name.endswith(RELATIVE_STEPS[0]):
-                wanted = {"exclude_joints": config.relative_exclude_joints}
-                wanted["action_names"] = config.action_feature_names
-                differing = {key: (settings.get(key), value) for key, value in wanted.items()}
-            elif name.endswith("normalizer_processor"):
-                norm_map = settings.get("norm_map", {})
-                differing = {
-                    f"norm_map[{kind!r}]": (norm_map.get(kind), mode) for kind, mode in expected.items()
-                }
-                eps = settings.get("eps", 0.0)
-                if not isinstance(eps, int | float) or not 0 <= eps <= MAX_EPS:
-                    raise ValueError(f"{processor}: eps={eps!r} of {name!r} must be in [0, {MAX_EPS:g}].")
-            for field, (found, wanted) in differing.items():
-                if found != wanted:
-                    raise ValueError(
-                        f"{processor}: {field}={found!r} of {name!r} differs from the {wanted!r} of "
-                        "config.json. Copy or download the whole checkpoint."
-                    )
+def load_policy_config(
+    path: str | Path, overrides: Sequence[str] = (), revision: str | None = None
+) -> VLA0Config:
+    """The config of a checkpoint folder or Hub repo, its `pretrained_path` set.
+
+    Args:
+        overrides: changed fields, as on a command line: "--device=cpu"; see `override_arguments`.
+        revision: of a Hub repo.
+    """
+    folder = _find_config(path, revision=revision).parent
+    config = PreTrainedConfig.from_pretrained(folder, cli_overrides=list(overrides))
+    if not isinstance(config, VLA0Config):
+        raise ValueError(f"{path} holds a policy of type {config.type!r}, not vla0.")
+    config.pretrained_path = Path(path)
+    return config
 
 
-def _statistics(processor: Path) -> dict[str, dict[str, Tensor]]:
-    """Those of a saved processor's normaliser, {feature: {statistic: values}}."""
-    folder, stats = processor.parent, {}
-    with reading(processor):
-        # LeRobot's step has a registry name; ours of `action_norm="task"` the name of its class.
-        steps = [
-            (step.get("registry_name") or step.get("class", ""), step.get("state_file"))
-            for step in read_json(processor)["steps"]
-        ]
-    for name, state_file in steps:
-        if not name.endswith("normalizer_processor") or state_file is None:
+def override_arguments(values: Mapping[str, Any]) -> list[str]:
+    """{field: value} as arguments of `PreTrainedConfig.from_pretrained`, which reads their values as JSON."""
+    return [f"--{name}={json.dumps(value, default=draccus.encode)}" for name, value in values.items()]
+
+
+# ------------------------------------------------------------------------------------------------- adapters
+
+
+def read_adapter_config(file: Path) -> dict[str, Any]:
+    """adapter_config.json of a LoRA adapter. Other kinds, whose settings name further files and models to
+    load, are refused."""
+    saved = read_json(file)
+    if saved.get("peft_type") != "LORA" or saved.get("megatron_config"):
+        raise ValueError(f"{file}: peft_type must be 'LORA', without megatron_config. It was not loaded.")
+    return saved
+
+
+def check_adapter(policy: nn.Module, adapter: Path, base: str | Path) -> None:
+    """Refuses a LoRA adapter (a folder) that was trained on another architecture than `policy`'s: PEFT only
+    warns about layers that it cannot place."""
+    read_adapter_config(adapter / ADAPTER_CONFIG)
+    file, modules = adapter / ADAPTER_WEIGHTS, dict(policy.named_modules())
+    with reading(file):
+        tensors = load_file(file)
+    for name, tensor in tensors.items():
+        layer, _, part = name.removeprefix("base_model.model.").rpartition(".lora_")
+        if part not in ("A.weight", "B.weight"):
             continue
-        if not (folder / state_file).is_file():
-            raise FileNotFoundError(
-                f"{folder / state_file} is missing: it holds the statistics that turn integers into robot "
-                "commands. Copy or download the whole checkpoint."
+        axis, side = (1, "in_features") if part == "A.weight" else (0, "out_features")  # (r, in), (out, r)
+        size, expected = tensor.shape[axis], getattr(modules.get(layer), side, None)
+        if size != expected:
+            raise ValueError(
+                f"the adapter {adapter} does not fit its base {base}: {side} of its layer {layer} is {size}, "
+                f"in the base {expected}. Correct base_model_name_or_path in {ADAPTER_CONFIG}."
             )
-        with readable(folder / state_file), safe_open(folder / state_file, framework="pt") as state:
-            for key in state.keys():  # noqa: SIM118 (not a dict)
-                feature, _, statistic = key.rpartition(".")
-                stats.setdefault(feature, {})[statistic] = state.get_tensor(key)
-    return stats
+
+
+def merge_adapter(policy: nn.Module, adapter: Path) -> nn.Module:
+    """The policy with the adapter folded into its weights."""
+    policy = import_peft().PeftModel.from_pretrained(policy, adapter).merge_and_unload()
+    policy.config.use_peft, policy.config.pretrained_path = False, None
+    return policy.eval()
+
+
+def import_peft() -> ModuleType:
+    """The optional package peft."""
+    try:
+        import peft
+    except ImportError as error:
+        raise ImportError('adapters need peft: pip install "lerobot_policy_vla0[peft]"') from error
+    return peft
+
+
+def default_targets(model: nn.Module) -> dict[str, str]:
+    """Layers that get an adapter unless the user chooses: all linear layers of the language model, as in
+    QLoRA (arXiv 2305.14314, section 4); none of the vision encoder."""
+    return {
+        "target_modules": rf".*{vlm.family(model).text}\.layers\.\d+\."
+        r"(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
+    }
+
+
+def record_base(policy: nn.Module, wrapped: nn.Module) -> nn.Module:
+    """Completes what LeRobot's `wrap_with_peft` made of a policy: refuses an adapter of the head, and writes
+    the base into the adapter's config. Returns `wrapped`."""
+    if type(policy.model.lm_head) is not nn.Linear:
+        raise ValueError(
+            "peft.target_modules (or full_training_modules) includes lm_head: acting computes a few rows of "
+            "its own weights and would leave the adapter out. Choose layers below it."
+        )
+    config, saved = policy.config, wrapped.active_peft_config
+    if config.pretrained_path:
+        base, saved.revision = str(config.pretrained_path), config.pretrained_revision
+    else:
+        base, saved.revision = config.vlm, config.vlm_revision
+    # A relative path would mean another folder to a process that starts elsewhere.
+    saved.base_model_name_or_path = str(Path(base).resolve()) if Path(base).is_dir() else base
+    trained, total = wrapped.get_nb_trainable_parameters()
+    logging.info(f"PEFT trains {trained:,} of {total:,} parameters ({100 * trained / total:.2f} %).")
+    return wrapped

@@ -4,20 +4,23 @@ import argparse
 import inspect
 import logging
 import sys
+from dataclasses import dataclass
 from pkgutil import resolve_name
+from unittest.mock import patch
 
-from draccus.utils import DraccusException
+import draccus
+from draccus.utils import DecodingError, DraccusException, ParsingError
 from httpx import HTTPError  # no network, as huggingface_hub reports it
+from lerobot.configs import PreTrainedConfig, parser
 from safetensors import SafetensorError
 from yaml import YAMLError
 
-from .options import parse_options
+from .configuration_vla0 import VLA0Config
 
 # Command: (module:function, help). The module is imported when the command runs, so `--help` answers at once.
 COMMANDS = {
-    "eval": ("libero.ranks:evaluate", "evaluate a policy on LIBERO as the paper does"),
-    "sft": ("training.sft:main", "train with TRL's SFTTrainer, on one GPU or several"),
-    "record": ("demo.record:record", "record episodes of a scripted expert"),
+    "eval": ("libero.evaluate:main", "evaluate a policy on LIBERO as the paper does"),
+    "sft": ("training.sft:sft", "train with TRL's SFTTrainer, on one GPU or several"),
     "bench decode": ("bench.decode:bench_decode", "measure decoding against Transformers' generate"),
     "bench train": ("bench.train:bench_train", "measure a training step against sample by sample"),
     "bench eval": ("bench.eval:bench_eval", "measure episodes of LIBERO per minute"),
@@ -28,17 +31,12 @@ COMMANDS = {
     ),
     "card": ("convert.card:write_card", "write the model card of a checkpoint"),
     "export": ("convert.export:export", "write a plain Transformers folder for serving engines"),
-    "curve": ("demo.curve:plot_curve", "plot the loss curve of a lerobot-train log"),
-    "strip": ("demo.rollout_strip:rollout_strip", "draw a rollout, the integers behind it, loss and success"),
-    "tiny-vlm": ("demo.tiny_vlm:make_tiny_vlm", "write a small random Qwen2.5-VL"),
 }
 USAGE = "usage: lerobot-vla0 COMMAND [--option=value ...]\n\ncommands:\n" + "\n".join(
     f"  {name:12} {text}" for name, (_, text) in COMMANDS.items()
 )
-# What a user can mend: shown as one message, without a traceback. A mistake in a file or a value is a
-# ValueError or a parser's own error, one in a place an OSError. KeyError, TypeError, AttributeError and the
-# like keep their traceback: they are mistakes of this program. Where a damaged file could cause them, it is
-# read within `files.reading`, which turns them into a ValueError that names file and field.
+# Mistakes of the user, which end a command with one message. Others (KeyError, TypeError, ...) are mistakes
+# of this program and keep their traceback, but in a user's file `files.reading` makes them a ValueError.
 USER_ERRORS = (
     argparse.ArgumentError,
     DraccusException,
@@ -75,7 +73,52 @@ def main(argv: list[str] | None = None) -> None:
     except USER_ERRORS as error:
         sys.exit(f"lerobot-vla0 {name}: {error}")
     except SystemExit as stop:
-        sys.exit(1 if stop.code == 2 else stop.code)  # 2: argparse has shown its message
+        sys.exit(1 if stop.code == 2 else stop.code)  # 2: argparse has printed its message
+
+
+@dataclass(kw_only=True)
+class PolicyOptions:
+    """Base of the configs of commands that take `--policy.path=`, a checkpoint folder or a Hub repo, and
+    `--policy.<field>=` to override its config.
+
+    Attributes:
+        policy: the checkpoint's config with the overrides, its `pretrained_path` set; None without
+            `--policy.path=`.
+    """
+
+    policy: PreTrainedConfig | None = None
+
+    def __post_init__(self) -> None:
+        # From sys.argv, as LeRobot's own configs do: draccus does not pass on the options of a path.
+        if path := parser.get_path_arg("policy"):
+            from .checkpoint import load_policy_config  # imports transformers, which `--help` must not
+
+            self.policy = load_policy_config(path, parser.get_cli_overrides("policy") or [])
+
+    def require_policy(self, question: str) -> VLA0Config:
+        """The policy's config; raises ValueError with `question` if no checkpoint was named."""
+        if not isinstance(self.policy, VLA0Config):
+            raise ValueError(f"{question} --policy.path=<checkpoint folder or Hub repo>")
+        return self.policy
+
+    @classmethod
+    def __get_path_fields__(cls) -> list[str]:
+        return ["policy"]  # LeRobot's parser takes `--policy.path=` for these
+
+
+def parse_options[Config](config_class: type[Config], prog: str, args: list[str]) -> Config:
+    """`draccus.parse`; a config with a policy may read `--policy.path=` from `sys.argv` meanwhile. Raises the
+    ValueError of a config's `__post_init__` itself, which draccus hides behind an error of its own."""
+    options = args
+    if hasattr(config_class, "__get_path_fields__"):
+        options = parser.filter_path_args(config_class.__get_path_fields__(), args)
+    try:
+        with patch.object(sys, "argv", [prog, *args]):
+            return draccus.parse(config_class, args=options, prog=prog)
+    except ParsingError as error:
+        if isinstance(error, DecodingError) or not isinstance(error.__cause__, ValueError):
+            raise
+        raise error.__cause__ from None
 
 
 if __name__ == "__main__":

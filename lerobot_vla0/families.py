@@ -1,7 +1,7 @@
 """What differs between families of VLMs, one class each: where the parts of the model are, what stands for a
 picture in the prompt, and how pixels become model inputs. Knows nothing of loading or running a model.
 
-A model of another family is refused: how it has to be shown a picture would be a guess.
+A model of another family is refused: how it takes a picture would be a guess.
 """
 
 from dataclasses import dataclass
@@ -85,7 +85,7 @@ class Family:
 
 
 class SmolVLM(Family):
-    """SmolVLM2. Its processor splits pictures by default; here each is shown as a whole."""
+    """SmolVLM2. Its processor splits pictures by default; here the model sees each as a whole."""
 
     def picture_rule(self, processor: Any) -> PictureRule:
         tokens_per_side = int(processor.image_seq_len**0.5)
@@ -108,7 +108,7 @@ class SmolVLM(Family):
 
 
 class InternVL(Family):
-    """InternVL. Its processor cuts pictures into tiles by default; here each is shown as a whole."""
+    """InternVL. Its processor cuts pictures into tiles by default; here the model sees each as a whole."""
 
     def picture_rule(self, processor: Any) -> PictureRule:
         tokens_per_side = int(processor.image_seq_length**0.5)

@@ -1,9 +1,8 @@
 """Camera images → pictures for the VLM: crop, resize, colour jitter, tile. Batched, on the images' device.
 
-Follows the published recipe (arXiv 2510.13054, section 4.1, and its training code's settings): crop to 0.875,
-resize to 224×224, jitter in training only, cameras side by side. At 256×256 input the crop is exactly 224, so
-no resize happens and evaluation pixels are exactly the camera's. Resized and jittered pixels are truncated to
-bytes, in training and in acting, as the three codes that VLA-0 is trained with do it.
+Follows arXiv 2510.13054, section 4.1: crop to 0.875, resize to 224×224, jitter in training only, cameras side
+by side. At 256×256 the crop is 224, so evaluation pixels are exactly the camera's. Resized and jittered
+pixels are truncated to bytes, as in the three codes that VLA-0 is trained with.
 """
 
 from collections.abc import Sequence
@@ -16,16 +15,13 @@ from torch.nn.functional import pad
 GRAY = (0.2989, 0.587, 0.114)  # ITU-R 601 luma, torchvision's rgb_to_grayscale
 
 
-def crop(
-    images: Tensor, ratio: float, generator: torch.Generator | None = None, *, rounding: str = "down"
-) -> Tensor:
-    """(B, C, H, W) → (B, C, int(H·ratio), int(W·ratio)): centre crop, or, given a generator, one random crop
-    per image. Where the centre crop lies between two pixels, it begins at the lower one (`rounding` "down"),
-    or at the even one ("even", as torchvision's center_crop)."""
+def crop(images: Tensor, ratio: float, generator: torch.Generator | None, rule: str = "vla0-trl") -> Tensor:
+    """(B, C, H, W) → (B, C, int(H·ratio), int(W·ratio)): centre crop, or with a generator one random crop per
+    image."""
     height, width = images.shape[-2:]
     h, w = int(height * ratio), int(width * ratio)
     if generator is None:
-        return _centre(images, h, w, rounding)
+        return centre_crop(images, h, w, rule)
     n = len(images)
     tops = torch.randint(0, height - h + 1, (n,), generator=generator).tolist()
     lefts = torch.randint(0, width - w + 1, (n,), generator=generator).tolist()
@@ -33,6 +29,14 @@ def crop(
     return torch.stack(
         [image[:, i : i + h, j : j + w] for image, i, j in zip(images, tops, lefts, strict=True)]
     )
+
+
+def centre_crop(images: Tensor, h: int, w: int, rule: str) -> Tensor:
+    """The middle h × w pixels. Between two pixels they begin at the lower one, or, as torchvision's
+    center_crop in NVlabs/vla0, at the even one."""
+    top, left = ((n - m) / 2 for n, m in zip(images.shape[-2:], (h, w), strict=True))
+    top, left = (round(top), round(left)) if rule == "NVlabs" else (int(top), int(left))
+    return images[..., top : top + h, left : left + w]
 
 
 def cut_out(images: Tensor, region: Sequence[float] | None) -> Tensor:
@@ -46,17 +50,10 @@ def cut_out(images: Tensor, region: Sequence[float] | None) -> Tensor:
     return images[..., top : max(bottom, top + 1), left : max(right, left + 1)]
 
 
-def _centre(images: Tensor, h: int, w: int, rounding: str) -> Tensor:
-    """The middle h × w pixels."""
-    half = (lambda rest: round(rest / 2)) if rounding == "even" else (lambda rest: rest // 2)
-    top, left = half(images.shape[-2] - h), half(images.shape[-1] - w)
-    return images[..., top : top + h, left : left + w]
-
-
 def fitted(
     height: int, width: int, *, size: int, crop_ratio: float, fit: str
 ) -> tuple[tuple[int, int], tuple[int, int]]:
-    """What becomes of a camera's picture: (height, width) of the part that is kept, and of what it is resized
+    """What becomes of a camera's picture: (height, width) of the crop, and of what it is resized
     to. "squash" resizes to size × size whatever the shape; "crop" takes the middle square first; "letterbox"
     keeps the aspect ratio, so that the longer side has `size` pixels and the rest stays black."""
     if fit == "crop":
@@ -133,18 +130,18 @@ def _shift_hue(images: Tensor, shift: Tensor) -> Tensor:
     return torch.stack([share.clamp_(0, 1).mul_(chroma).add_(low) for share in shares], dim=-3)
 
 
-def _levels(images: Tensor, size: tuple[int, int], antialias: bool) -> Tensor:
+def resize(images: Tensor, size: tuple[int, int], rule: str) -> Tensor:
     """Images in [0, 1], of any size → levels in [0, 255] of `size` (height, width), a new tensor.
 
-    Truncated, they are the bytes of the code that resizes so: NVlabs/vla0 resizes levels without
-    antialiasing, vla0-trl and TinyVLA numbers in [0, 1] with it. The camera's own bytes are rounded, because
-    byte / 255 * 255 may come out a little below the byte.
+    Truncated, they are the bytes of the code whose rule it is: NVlabs/vla0 resizes levels without
+        antialiasing, vla0-trl and TinyVLA numbers in [0, 1] with it. The camera's own bytes are rounded,
+        because byte / 255 * 255 may come out a little below the byte.
     """
     if images.shape[-2:] == size:
         return (images * 255).round_()
-    if antialias:
-        return F.resize(images, list(size), antialias=True) * 255
-    return F.resize((images * 255).round_(), list(size), antialias=False)
+    if rule == "NVlabs":
+        return F.resize((images * 255).round_(), list(size), antialias=False)
+    return F.resize(images, list(size), antialias=True) * 255
 
 
 def prepare_images(
@@ -153,10 +150,9 @@ def prepare_images(
     size: int,
     crop_ratio: float,
     tile: bool,
-    antialias: bool,
-    crop_rounding: str = "down",
+    rule: str = "vla0-trl",
     fit: str = "squash",
-    jitter: tuple[float, float, float, float] | None = None,
+    jitter: Sequence[float] | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """A batch of images per camera → a batch of pictures for the chat.
@@ -164,10 +160,9 @@ def prepare_images(
     Args:
         cameras: one float tensor (B, 3, H, W) in [0, 1] per camera, in prompt order; sizes may differ.
         size: side of the square that each camera becomes, in pixels.
-        crop_ratio: share of height and width that is kept, in (0, 1].
+        crop_ratio: share of height and width that remains, in (0, 1].
         tile: True puts all cameras side by side in one picture, False keeps one picture per camera.
-        antialias: as in torchvision's resize.
-        crop_rounding: as in `crop`.
+        rule: whose code is followed, see `VLA0Config.picture_rule`.
         fit: "squash", "crop" or "letterbox", see `fitted`. Bars are black, whatever the jitter.
         jitter: strengths for `color_jitter` (brightness, contrast, saturation, hue); used with a generator.
         generator: CPU generator for crops and jitter; None for evaluation (centre crop, no jitter).
@@ -179,9 +174,9 @@ def prepare_images(
     for images in cameras:
         if fit == "crop":
             side = min(images.shape[-2:])
-            images = _centre(images, side, side, crop_rounding)
+            images = centre_crop(images, side, side, rule)
         _, (h, w) = fitted(*images.shape[-2:], size=size, crop_ratio=crop_ratio, fit=fit)
-        levels = _levels(crop(images, crop_ratio, generator, rounding=crop_rounding), (h, w), antialias)
+        levels = resize(crop(images, crop_ratio, generator, rule), (h, w), rule)
         if generator is not None and jitter is not None:
             levels = color_jitter(levels.div_(255), *jitter, generator=generator).mul_(255)
         top, left = (size - h) // 2, (size - w) // 2

@@ -2,10 +2,9 @@
 
 Training is supervised fine-tuning on "system prompt, pictures, instruction → integers"; acting decodes the
 integers under a grammar that allows nothing else. Batches become chats in examples.py (with images.py and
-prompt.py), chats become integers in decoding/, the VLM is in backbone.py.
+chat.py), chats become integers in decoding/, the VLM is in vlm.py.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,24 +14,18 @@ from lerobot.configs import PreTrainedConfig
 from lerobot.policies.pretrained import PreTrainedPolicy
 from torch import Tensor, nn
 
-from . import adapters, backbone
-from .checkpoint import HUB_OPTIONS, VLM_FOLDER, Checkpoint, check_checkpoint, readable
+from . import checkpoint, vlm
+from .checkpoint import HUB_OPTIONS, VLM_FOLDER, Checkpoint, check_checkpoint
 from .configuration_vla0 import VLA0Config
-from .decoding.chunk_decoder import (
-    ChunkDecoder,
-    EpisodeState,
-    Lock,
-    as_seen_now,
-    episode_rows,
-    remember_look,
-)
+from .dataset import prepare_data
+from .decoding.decoder import LOCK, Decoder, Plan
 from .decoding.rtc import read_left_over, warn_of_averaged_chunks
 from .decoding.server import ServerDecoder
-from .examples import ExampleMaker, augmentation_generator
+from .examples import ExampleMaker, Observation, augmentation_generator
+from .files import reading
 from .loss import answer_loss
 from .processor_vla0 import ACTION_CLIPPED
-from .training_data import prepare_data
-from .training_pass import can_share_words, hidden_states
+from .vlm import can_share_words, hidden_states
 
 
 class VLA0Policy(PreTrainedPolicy):
@@ -45,12 +38,8 @@ class VLA0Policy(PreTrainedPolicy):
     Args:
         config: with `input_features` and `output_features` filled in (LeRobot's `make_policy` does).
         vlm_folder: build the VLM, without weights, from this folder instead of loading `config.vlm`.
-        dataset_stats: given by LeRobot; not used, statistics live in the processors.
-        dataset_meta: given by LeRobot's trainer; see `training_data.prepare_data`.
-
-    Attributes:
-        examples: makes the VLM's inputs and labels of a batch.
-        decoder: a `ChunkDecoder`, or with `config.server` a `ServerDecoder`.
+        dataset_stats: passed by LeRobot; not used, statistics live in the processors.
+        dataset_meta: passed by LeRobot's trainer; see `dataset.prepare_data`.
     """
 
     config_class = VLA0Config
@@ -68,7 +57,7 @@ class VLA0Policy(PreTrainedPolicy):
         if dataset_meta is not None:
             prepare_data(config, dataset_meta)
         config.validate_features()
-        self.model, self.vlm_processor = backbone.make_vlm(config, vlm_folder)
+        self.model, self.vlm_processor = vlm.make_vlm(config, vlm_folder)
         self.examples = ExampleMaker(config, self.vlm_processor)
         if self.model is None:
             self.decoder = ServerDecoder(config, self.examples)
@@ -76,9 +65,8 @@ class VLA0Policy(PreTrainedPolicy):
             self.placeholder = nn.Parameter(torch.zeros(0, device=config.device), requires_grad=False)
         else:
             # LeRobot 0.6.2 reads it from the class, but the name depends on the VLM.
-            type(self)._fsdp_wrap_modules = [backbone.block_name(self.model)]
-            self.decoder = ChunkDecoder(config, self.model, self.examples)
-        self._lock = Lock()  # of what acting remembers
+            type(self)._fsdp_wrap_modules = [vlm.block_name(self.model)]
+            self.decoder = Decoder(config, self.model, self.examples)
         self.reset()
 
     def post_init(self) -> None:
@@ -86,25 +74,26 @@ class VLA0Policy(PreTrainedPolicy):
         the buffers of rotary embeddings, which must stay float32."""
 
     def get_optim_params(self) -> list[nn.Parameter]:
-        self.decoder.require_weights()
-        adapters.check_trainable(self.config)
+        self._require_weights()
         return [p for p in self.parameters() if p.requires_grad]
+
+    def _require_weights(self) -> None:
+        if self.model is None:
+            raise ValueError(
+                f"server={self.config.server!r}: the weights are on the server, so that this policy can act "
+                "but not be trained or saved. Leave server out."
+            )
 
     def wrap_with_peft(
         self, peft_config: Any = None, peft_cli_overrides: dict[str, Any] | None = None
     ) -> nn.Module:
-        """The policy as a PEFT model (`lerobot-train --peft.*`), fresh or from a checkpoint; only the adapter
-        is trained and saved. The adapter's config names its base, the VLM or the checkpoint.
-
-        Raises:
-            ImportError: peft is not installed.
-            ValueError: the targets include the language model's head.
-        """
-        adapters.import_peft()
-        return adapters.record_base(self, super().wrap_with_peft(peft_config, peft_cli_overrides))
+        """The policy as a PEFT model (`lerobot-train --peft.*`): only the adapter is trained and saved. Its
+        config names its base, the VLM or the checkpoint."""
+        checkpoint.import_peft()
+        return checkpoint.record_base(self, super().wrap_with_peft(peft_config, peft_cli_overrides))
 
     def _get_default_peft_targets(self) -> dict[str, Any]:
-        return adapters.default_targets(self.model)
+        return checkpoint.default_targets(self.model)
 
     def _validate_peft_config(self, peft_config: Any) -> None:
         """Allows what LeRobot refuses, adapters on a fresh policy: this one is a pretrained VLM."""
@@ -122,9 +111,7 @@ class VLA0Policy(PreTrainedPolicy):
             between true and predicted integers, teacher-forced, over integers whose digits are all
             supervised; `action_clipped`, the share of action values outside the statistics.
         """
-        self.decoder.require_weights()
-        if reduction not in ("mean", "none"):
-            raise ValueError(f"reduction must be 'mean' or 'none', got {reduction!r}.")
+        self._require_weights()
         generator = augmentation_generator() if self.training else None
         loss, metrics = self.example_loss(*self.examples.training_examples(batch, generator), reduction)
         if ACTION_CLIPPED in batch:
@@ -143,43 +130,24 @@ class VLA0Policy(PreTrainedPolicy):
     def train(self, mode: bool = True) -> Self:
         changed = mode != self.training
         super().train(mode)
-        if changed and hasattr(self, "decoder"):
+        if changed and isinstance(getattr(self, "decoder", None), Decoder):
             self.decoder.release()  # its memory is needed, or the weights have changed
         return self
 
     def _apply(self, *args: Any, **kwargs: Any) -> Self:  # .to(), .cuda(), .float(), ...
-        self.decoder.release()
+        if isinstance(self.decoder, Decoder):
+            self.decoder.release()
         return super()._apply(*args, **kwargs)
 
-    def reset(self, rows: Any = None) -> None:
-        """Forgets queued actions and earlier chunks. Call at the start of every episode.
+    def reset(self) -> None:
+        """Forgets queued actions and earlier chunks. Call at the start of every episode."""
+        # One plan per environment. LeRobot 0.6.2 clears the attribute of this name to drop queued actions.
+        self._action_queue: list[Plan] = []
 
-        Args:
-            rows: that begin, as `episode_rows` takes them; None for all. With `stream` all look again.
-        """
-        with self._lock:
-            begun = None if rows is None else episode_rows(rows, len(self._action_queue))
-            if begun != []:
-                self._stream: Iterator[Tensor] = iter(())
-            # One per environment. LeRobot 0.6.2 clears the attribute of this name to drop queued actions.
-            old: list[EpisodeState] = [] if begun is None else self._action_queue
-            fresh = self.decoder.new_episodes(len(old))
-            self._action_queue = [fresh[i] if i in begun else state for i, state in enumerate(old)]
-
-    def stream_action_chunk(
-        self, batch: dict[str, Any], steps: int | None = None, **rtc: Any
-    ) -> Iterator[Tensor]:
-        """Yields timestep after timestep, bins (B, D) as float32, as soon as every row has written it: all of
-        the chunk, or the first `steps`. Other arguments are those of `predict_action_chunk`."""
-        observation = self.examples.check(batch)
-        left_over = read_left_over(observation, self.config, **rtc) if rtc else None
-        episodes = self._action_queue
-        if len(episodes) != len(observation):
-            episodes = self.decoder.new_episodes(len(observation))
-            # Remembered for the drafts of the next chunk, unless `select_action` acts in other environments.
-            self._action_queue = self._action_queue or episodes
-        steps = self.config.chunk_size if steps is None else steps
-        return self.decoder.decode_chunk(observation, steps, episodes, left_over)
+    def _plans(self, rows: int) -> list[Plan]:
+        if len(self._action_queue) != rows:
+            self._action_queue = [Plan() for _ in range(rows)]
+        return self._action_queue
 
     def supports_rtc(self) -> bool:
         """Whether `lerobot-rollout --inference.type=rtc` works; asked before the robot is connected."""
@@ -187,49 +155,55 @@ class VLA0Policy(PreTrainedPolicy):
 
     @torch.compiler.disable
     def predict_action_chunk(self, batch: dict[str, Any], **rtc: Any) -> Tensor:
-        """Actions as bins 0..num_bins, float32 (B, chunk_size, D); the postprocessor turns them into
-        commands. Of this observation alone: never averaged with earlier chunks. Real-time chunking passes
-        `inference_delay` and `prev_chunk_left_over`, see `decoding.rtc.read_left_over`."""
-        return torch.stack(list(self.stream_action_chunk(batch, **rtc)), dim=1)
+        """The next chunk as bins 0..num_bins, float32 (B, chunk_size, D); the postprocessor turns them into
+        commands. Never averaged with earlier chunks. Real-time chunking passes `inference_delay` and
+        `prev_chunk_left_over`, see `decoding.rtc.read_left_over`."""
+        observation = self.examples.check(batch)  # B rows
+        committed = read_left_over(observation, self.config, **rtc) if rtc else None
+        with LOCK:
+            plans = self._plans(len(observation))
+            return self.decoder.decode(observation, self.config.chunk_size, plans, committed)
 
     @torch.compiler.disable
     def select_action(self, batch: dict[str, Any], **kwargs: Any) -> Tensor:
-        """The next action as bins, float32 (B, D).
+        """The next action as bins, float32 (B, D)."""
+        observation = self.examples.check(batch)  # B rows
+        with LOCK:
+            return self.act(observation, self._plans(len(observation)))
 
-        Looks at the batch when `n_action_steps` actions of the last look are used up, and decodes no more
-        timesteps of a chunk than will be used. Calls of several threads wait for each other.
-        """
-        config, observation = self.config, self.examples.check(batch)
-        with self._lock:
-            if len(self._action_queue) != len(observation):
-                self.reset()
-                self._action_queue = self.decoder.new_episodes(len(observation))
-            episodes = self._action_queue
-            if config.stream:
-                if (action := next(self._stream, None)) is None:
-                    self._stream = self.decoder.decode_chunk(observation, config.n_action_steps, episodes)
-                    action = next(self._stream)
-                    remember_look(episodes, observation)
-                return as_seen_now(action, episodes, observation)
-            # Environments that were reset at different times look at different times.
-            rows = [row for row, episode in enumerate(episodes) if not episode.actions]
-            if rows:
-                # Later chunks are averaged with what this one says about their timesteps.
-                steps = min(config.chunk_size, config.n_action_steps * config.ensemble_size)
-                due, seen = [episodes[row] for row in rows], observation.take(rows)
-                decoding = self.decoder.decode_chunk(seen, steps, due)
-                remember_look(due, seen)
-                for episode, chunk in zip(due, torch.stack(list(decoding), dim=1), strict=True):
-                    episode.add_chunk(chunk, executed=config.n_action_steps)
-            actions = torch.stack([episode.actions.popleft() for episode in episodes])
-            return as_seen_now(actions, episodes, observation)
+    @torch.no_grad()
+    def act(self, observation: Observation, plans: list[Plan]) -> Tensor:
+        """The next action of each of B plans as bins, float32 (B, D). Predicts a chunk for plans without
+        actions."""
+        self.predict(observation, plans)
+        actions = torch.stack([plan.actions.popleft() for plan in plans])
+        if observation.origin is None:
+            return actions
+        # The postprocessor adds the present state; an action is relative to the state of its chunk.
+        return actions + (torch.stack([plan.origin for plan in plans]) - observation.origin)
+
+    @torch.no_grad()
+    def predict(self, observation: Observation, plans: list[Plan]) -> None:
+        """Decodes a chunk for each plan without actions, and queues its first `n_action_steps`."""
+        # Environments that were reset at different times predict at different times.
+        rows = [row for row, plan in enumerate(plans) if not plan.actions]
+        if not rows:
+            return
+        # No more timesteps than are executed or, with ensembling, averaged with those of later chunks.
+        config = self.config
+        steps = min(config.chunk_size, config.n_action_steps * config.ensemble_size)
+        observation, plans = observation.take(rows), [plans[row] for row in rows]
+        chunks = self.decoder.decode(observation, steps, plans)  # (R, steps, D)
+        origins = [None] * len(plans) if observation.origin is None else observation.origin
+        for plan, chunk, origin in zip(plans, chunks, origins, strict=True):
+            plan.add(chunk, origin, config)
 
     def _save_pretrained(self, save_directory: Path, **kwargs: Any) -> None:
         # LeRobot 0.6.1 passes `state_dict`, in the main process; 0.6.2 passes nothing, in every process.
-        self.decoder.require_weights()
+        self._require_weights()
         super()._save_pretrained(save_directory, **kwargs)
         if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-            backbone.save_vlm(self.model, self.vlm_processor, Path(save_directory) / VLM_FOLDER)
+            vlm.save_vlm(self.model, self.vlm_processor, Path(save_directory) / VLM_FOLDER)
 
     def generate_model_card(
         self, dataset_repo_id: str, *args: Any, cfg: Any = None, dataset_meta: Any = None, **kwargs: Any
@@ -259,13 +233,28 @@ class VLA0Policy(PreTrainedPolicy):
 
         Raises:
             FileNotFoundError: a file of the checkpoint is missing.
-            ValueError: weights are truncated or do not fit, the action statistics are missing, or `config`
-                disagrees with the checkpoint in the action dimension or `num_bins`.
+            RuntimeError: weights are missing or do not fit.
+            ValueError: a file is damaged, the action statistics are missing, or `config` disagrees with the
+                checkpoint in the action dimension or `num_bins`.
         """
-        hub = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
-        source = adapters.find_source(str(pretrained_name_or_path), config, revision=revision, **hub)
-        policy = cls._load(source.base, source.config, strict, **kwargs)
-        return adapters.apply_adapter(policy, source)
+        path, hub = str(pretrained_name_or_path), {k: kwargs.pop(k) for k in HUB_OPTIONS if k in kwargs}
+        adapter = config.pretrained_path if config is not None and config.use_peft else None
+        # LeRobot's `make_policy` asks for the base of an adapter, which it puts on afterwards.
+        only_base = adapter is not None and Path(adapter) != Path(path)
+        if only_base:
+            path, revision = str(adapter), config.pretrained_revision
+        weights = config is None or config.server is None
+        found = checkpoint.find_checkpoint(path, weights=weights, revision=revision, **hub)
+        if config is None and found.config is None:
+            raise ValueError(f"{path} holds a VLM and no policy. Train one: --policy.vlm={path}")
+        config = config or found.config
+        if found.base is None:
+            return cls._load(found, config, strict, **kwargs)
+        if config.server is not None:
+            raise ValueError(f"server={config.server!r} with an adapter: first run lerobot-vla0 merge.")
+        policy = cls._load(found.base, config, strict, **kwargs)
+        checkpoint.check_adapter(policy, found.folder, found.base.path)
+        return policy if only_base else checkpoint.merge_adapter(policy, found.folder)
 
     @classmethod
     def _load(cls, found: Checkpoint, config: VLA0Config, strict: bool, **kwargs: Any) -> Self:
@@ -273,15 +262,14 @@ class VLA0Policy(PreTrainedPolicy):
         if found.kind == "vlm":
             config.vlm, config.vlm_revision = found.path, found.revision
             return cls(config, **kwargs).eval()
-        weights = config.server is None
-        check_checkpoint(found.folder, PreTrainedConfig.from_pretrained(found.folder), config, weights)
+        check_checkpoint(found, config)
         kwargs["vlm_folder"] = found.folder / VLM_FOLDER
-        if not weights:
+        if config.server is not None:
             return cls(config, **kwargs).eval()
         # strict: LeRobot's default only warns about missing weights, and the policy would act at random.
         return super().from_pretrained(found.folder, config=config, strict=strict, **kwargs)
 
     @classmethod
     def _load_as_safetensor(cls, model: Self, model_file: str, map_location: str, strict: bool) -> Self:
-        with readable(model_file):
+        with reading(model_file):
             return super()._load_as_safetensor(model, model_file, map_location, strict)

@@ -16,6 +16,7 @@ from lerobot_vla0.configuration_vla0 import VLA0Config
 from lerobot_vla0.libero.assets import check_rendering
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "examples/libero_demo"))
 # Reference vectors, the real Qwen tokenizer and LIBERO's assets lie beside the checkout, not in it.
 SHARED = Path(os.environ.get("VLA0_SHARED", ROOT.parent / "shared"))
 ACTION_DIM = 7
@@ -35,7 +36,7 @@ def shared(name: str) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_vlm(tmp_path_factory) -> Path:
-    from lerobot_vla0.demo.tiny_vlm import TinyVLMConfig, make_tiny_vlm
+    from tiny_vlm import TinyVLMConfig, make_tiny_vlm
 
     return make_tiny_vlm(TinyVLMConfig(out=tmp_path_factory.mktemp("vlm") / "tiny"))
 
@@ -245,23 +246,6 @@ def run_script(name: str, *arguments: str, env: dict[str, str], timeout: int = 6
     return result
 
 
-def train_recipe(name: str, data: Path, vlm: Path, out: Path, env: dict[str, str]) -> Path:
-    """Five steps of `lerobot-train` with configs/`name`.yaml; the checkpoint."""
-    run_script(
-        "lerobot-train", f"--config_path={ROOT}/configs/{name}.yaml", f"--dataset.root={data}",
-        f"--policy.vlm={vlm}", "--batch_size=2", "--steps=5", "--save_freq=5", f"--output_dir={out}",
-        env=env,
-    )  # fmt: skip
-    return out / "checkpoints/last/pretrained_model"
-
-
-def record_gym(data: Path, *arguments: str, env: dict[str, str]) -> dict:
-    """Two episodes of a scripted expert, cut short; the data set's `info.json`."""
-    command = ["-m", "lerobot_vla0.demo.record_gym", f"--out={data}", "--episodes=2", "--keep_failures=true"]
-    run_script("python", *command, *arguments, env=env)
-    return json.loads((data / "meta/info.json").read_text())
-
-
 def eval_with_a_server(policy: Path, url: str, length: int, out: Path, env: dict[str, str]) -> None:
     """`lerobot-eval` in LIBERO: two episodes of `length` steps at once, with the VLM at `url`."""
     run_script(
@@ -308,15 +292,9 @@ def tiny_dataset(tmp_path_factory) -> Path:
 def libero_dataset(tmp_path_factory, process_env) -> Path:
     """Two recorded episodes of one libero_object task, on the stand-in assets."""
     out = tmp_path_factory.mktemp("data") / "milk"
-    run_script(
-        "lerobot-vla0",
-        "record",
-        f"--out={out}",
-        "--tasks=[7]",
-        "--episodes=2",
-        "--assets=primitive",
-        env=process_env,
-    )
+    script = str(ROOT / "examples/libero_demo/record.py")
+    options = ["--tasks=[7]", "--episodes=2", "--workers=2", "--assets=primitive"]
+    run_script("python", script, f"--out={out}", *options, env=process_env)
     return out
 
 
@@ -324,7 +302,7 @@ def learn(policy, batch: dict, limit: int = 2000) -> None:
     """Trains on one batch, without augmentation, until the policy knows it by heart."""
     config = policy.config
     config.action_mask_prob = 0.0
-    config.jitter_brightness = config.jitter_contrast = config.jitter_saturation = config.jitter_hue = 0.0
+    config.jitter = [0.0, 0.0, 0.0, 0.0]
     policy.train()
     optimizer = torch.optim.AdamW(policy.get_optim_params(), lr=3e-3)
     for _ in range(limit):

@@ -150,23 +150,17 @@ class Handler(BaseHTTPRequestHandler):
         repo = self.hub.repo(name, self.token)
         what, revision = (rest[0], rest[1] if len(rest) > 1 else "main") if rest else ("revision", "main")
         if what == "preupload":
-            files = [
-                {
-                    "path": f["path"],
-                    "uploadMode": "lfs" if f["path"].endswith(LFS_SUFFIXES) else "regular",
-                    "shouldIgnore": False,
-                }
-                for f in json.loads(body)["files"]
-            ]
+            files = json.loads(body)["files"]
+            for file in files:
+                mode = "lfs" if file["path"].endswith(LFS_SUFFIXES) else "regular"
+                file |= {"uploadMode": mode, "shouldIgnore": False}
             return self.answer({"files": files})
         if what == "commit":
             self.must_own()
             return self.commit(repo, name, revision, body)
-        if what in ("tag", "branch"):
+        if what == "tag":
             self.must_own()
-            wanted = json.loads(body or b"{}")
-            source = revision if what == "tag" else wanted.get("startingPoint", "main")
-            repo.branches[wanted["tag"] if what == "tag" else revision] = repo.at(source)
+            repo.branches[json.loads(body)["tag"]] = repo.at(revision)
             return self.answer({})
         sha = repo.at(revision)
         files = repo.commits[sha]
@@ -188,14 +182,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def create(self, wanted: dict) -> None:
         name = f"{wanted['organization']}/{wanted['name']}"
-        if wanted.get("type", "model") != "model":
-            name = f"{wanted['type']}s/{name}"
         url = {"url": f"{self.hub.url}/{name}"}
         if name in self.hub.repos:
             return self.answer(url | {"error": "You already created this repo"}, 409)
-        repo = self.hub.repos[name] = Repo(
-            wanted.get("visibility") == "private" or bool(wanted.get("private"))
-        )
+        private = wanted.get("visibility") == "private" or bool(wanted.get("private"))
+        repo = self.hub.repos[name] = Repo(private)
         repo.commit({".gitattributes": b""})
         self.answer(url)
 

@@ -1,7 +1,7 @@
 import pytest
 
+from lerobot_vla0.action_text import IntegerGrammar, PartialAnswer
 from lerobot_vla0.decoding.drafting import Drafter, initial_rates
-from lerobot_vla0.decoding.grammar import IntegerGrammar, PartialAnswer
 
 GRAMMAR = IntegerGrammar(8, 1000, list(range(15, 25)), 220, 300)  # four timesteps of two
 
@@ -58,14 +58,11 @@ def test_completes_what_is_written():
     assert make().draft(answer, 3) == symbols(499, after=answer)
 
 
-def test_remembers_the_last_answer():
-    drafter = make(rates=unreliable())
-    drafter.remember([1, 2, 3, 4, 5, 6, 7, 8], executed=2)
-    drafter.start()
-    # The two timesteps that were not executed, then their extrapolation.
+def test_drafts_the_last_answer():
+    """Its two timesteps that were not executed, then their extrapolation."""
+    drafter = make(rates=unreliable(), previous=[5, 6, 7, 8], history=[1, 2, 3, 4])
     assert drafter.draft(PartialAnswer(), 6) == symbols(5, 6, 7, 8, 9, 10)
-    drafter.reset()
-    assert drafter.draft(PartialAnswer(), 6) == []
+    assert make(rates=unreliable()).draft(PartialAnswer(), 6) == []
 
 
 @pytest.mark.parametrize(("known", "expected"), [(rates(predicted=0.9), 497), (unreliable(), 500)])
@@ -105,26 +102,23 @@ def test_rates_are_how_good_guesses_turned_out_to_be():
     assert drafter.rates["previous"].total == 10
     known = drafter.rates["predicted"].score
     drafter.draft(after, 8)
-    drafter.reset()
-    assert drafter.rates["predicted"].score == known  # counted once; depends on the model, not on the episode
+    assert drafter.rates["predicted"].score == known  # counted once
     for _ in range(30):
         drafter.rates["predicted"].update(7, 7)
     assert drafter.rates["predicted"].score > 0.8
 
 
-def test_a_source_that_fails_is_not_believed_across_answers():
-    """A policy that plans something else at every look: its last answer is no guess of the next one."""
-    drafter = make()
+def test_a_source_that_fails_is_not_used_in_later_answers():
+    """A policy that plans something else in every chunk: its last answer is no guess of the next one."""
+    shared, previous = initial_rates(), []
     for first in range(100, 600, 100):
-        drafter.start()
-        drafter.draft(PartialAnswer([first, 7] * 4), 8)
-        drafter.remember([first, 7] * 4, executed=1)
-    drafter.start()
-    assert drafter.rates["previous"].right < 0.6 < drafter.rates["copy"].right
+        make(rates=shared, previous=previous).draft(PartialAnswer([first, 7] * 4), 8)
+        previous = [first, 7] * 3
+    assert shared["previous"].right < 0.6 < shared["copy"].right
     after = PartialAnswer([900, 7])
-    assert drafter.draft(after, 4) == symbols(900, 7, after=after)
-    drafter.rates = rates(previous=0.95)
-    assert drafter.draft(after, 4) != symbols(900, 7, after=after)
+    assert make(rates=shared, previous=previous).draft(after, 4) == symbols(900, 7, after=after)
+    other = make(rates=rates(previous=0.95), previous=previous)
+    assert other.draft(after, 4) != symbols(900, 7, after=after)
 
 
 def test_learns_that_a_number_is_shorter():
@@ -136,16 +130,16 @@ def test_learns_that_a_number_is_shorter():
     assert drafter.predictions[2] == 4
 
 
-def test_drafts_only_what_is_worth_its_cost():
+def test_drafts_no_token_that_costs_more_than_it_saves():
     # No timestep is like the one before: after one integer, the probability that all is right is below 0.2.
     answer = PartialAnswer([1, 2, 300, 400, 50, 600])
     everything = make(rates=unreliable()).draft(answer, 8)
-    careful = make(worth=0.2, rates=unreliable()).draft(answer, 8)
+    careful = make(token_cost=0.2, rates=unreliable()).draft(answer, 8)
     assert careful.count(GRAMMAR.space) == 1 and everything[: len(careful)] == careful != everything
-    # Where the predictions after a rejected symbol are reliable, any draft is worth making.
-    assert make(worth=0.2).draft(answer, 8) == everything
+    # Where the predictions after a rejected symbol are reliable, any draft pays.
+    assert make(token_cost=0.2).draft(answer, 8) == everything
     constant = PartialAnswer([1, 2] * 3)
-    assert make(worth=0.2, rates=unreliable()).draft(constant, 8) == symbols(1, 2, after=constant)
+    assert make(token_cost=0.2, rates=unreliable()).draft(constant, 8) == symbols(1, 2, after=constant)
 
 
 def test_no_drafts():

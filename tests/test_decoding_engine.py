@@ -1,24 +1,25 @@
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lerobot_vla0.action_text import IntegerGrammar, PartialAnswer
 from lerobot_vla0.decoding.drafting import Drafter
-from lerobot_vla0.decoding.engine import decode, decode_stream
-from lerobot_vla0.decoding.grammar import IntegerGrammar
+from lerobot_vla0.decoding.engine import decode
 
 DIGITS, SPACE, END = list(range(15, 25)), 220, 300
 NAN, INF = float("nan"), float("inf")
 
 
 class MockModel:
-    """Logits are a fixed random function of the row and its tokens so far. Keeps the tokens as a KV cache
-    would."""
+    """Logits are a fixed random function of the row and its tokens so far, stored as in a KV cache."""
 
     def __init__(self, rows: int, seed: int = 0) -> None:
         self.seed, self.calls = seed, 0
-        self.held: list[tuple[int, ...]] = [() for _ in range(rows)]
+        self.cached: list[tuple[int, ...]] = [() for _ in range(rows)]
         self.fed: list[list[int]] = [[] for _ in range(rows)]
 
     def logits(self, row: int, tokens: tuple[int, ...]) -> np.ndarray:
@@ -28,19 +29,18 @@ class MockModel:
     def start(self, drafts: list[list[int]]) -> np.ndarray:
         return self._feed(drafts, first=True)
 
-    def extend(self, kept: list[int], tokens: list[list[int]]) -> np.ndarray:
-        for row, count in enumerate(kept):
+    def extend(self, accepted: list[int], tokens: list[list[int]]) -> np.ndarray:
+        for row, count in enumerate(accepted):
             assert 0 <= count <= len(self.fed[row])
-            self.held[row] += tuple(self.fed[row][:count])
+            self.cached[row] += tuple(self.fed[row][:count])
         return self._feed(tokens, first=False)
 
     def _feed(self, tokens: list[list[int]], first: bool) -> np.ndarray:
         self.calls, self.fed = self.calls + 1, tokens
         out = np.zeros((len(tokens), max(map(len, tokens)) + first, 12), dtype=np.float32)
         for row, new in enumerate(tokens):
-            for place in range(len(new) + first):
-                seen = new[: place + (not first)]
-                out[row, place] = self.logits(row, self.held[row] + tuple(seen))
+            for i in range(len(new) + first):
+                out[row, i] = self.logits(row, self.cached[row] + tuple(new[: i + (not first)]))
         return out
 
 
@@ -126,7 +126,7 @@ def test_drafts_never_change_the_tokens(
     drafters = [
         AnyDrafter(grammar, length, numbers[i % len(numbers) :] + numbers)
         if adversarial
-        else Drafter(grammar, dim, length, worth=0.2 * (i % 2))
+        else Drafter(grammar, dim, length, token_cost=0.2 * (i % 2))
         for i in range(rows)
     ]
     plain_model, model = MockModel(rows, seed), MockModel(rows, seed)
@@ -154,8 +154,7 @@ def test_forced_tokens_cost_no_pass():
 def test_a_right_draft_takes_one_pass():
     """The last answer as draft for the same one: the pass over the prompt accepts all of it."""
     grammar, integers = make_grammar(6), [474, 479, 460, 471, 479, 460]
-    drafter = Drafter(grammar, 3, 31)
-    drafter.remember(integers, executed=0)
+    drafter = Drafter(grammar, 3, 31, previous=integers)
     model = Teacher([spell(*integers)])
     assert decode(model, grammar, 1, drafters=[drafter]).passes == model.calls == 1
 
@@ -163,26 +162,10 @@ def test_a_right_draft_takes_one_pass():
 def test_rows_accept_different_lengths():
     """One row's draft is right, the other's wrong: both end with their own text."""
     grammar, integers = make_grammar(4), [474, 479, 460, 471]
-    drafters = [Drafter(grammar, 4, 31) for _ in range(2)]
-    for drafter in drafters:
-        drafter.remember(integers, executed=0)
+    drafters = [Drafter(grammar, 4, 31, previous=integers) for _ in range(2)]
     texts = [spell(*integers), spell(1, 22, 333, 1000)]
     result = decode(Teacher(texts), grammar, 2, drafters=drafters)
     assert [tokens_of(grammar, row.symbols) for row in result.rows] == texts
-
-
-def test_stops_early():
-    grammar = make_grammar()
-    full, some = decode(MockModel(2), grammar, 2), decode(MockModel(2), grammar, 2, count=2)
-    assert [row[:2] for row in some.integers] == [row[:2] for row in full.integers]
-    assert some.passes < full.passes
-
-
-def test_streaming_grows_to_the_same_text():
-    grammar = make_grammar()
-    drafters = [Drafter(grammar, 2, 8)]
-    seen = [len(d.integers[0]) for d in decode_stream(MockModel(1), grammar, 1, drafters=drafters)]
-    assert seen == sorted(seen) and seen[0] < seen[-1] == grammar.count
 
 
 def test_ties_take_the_lowest_token_id():
@@ -207,80 +190,45 @@ def test_temperature_samples_from_the_restricted_softmax(draft):
     assert ((counts - expected) ** 2 / expected).sum() < 20.5
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"temperature": -0.1}, "temperature must be at least 0"),
-        ({"temperature": NAN}, "temperature must be at least 0 and finite, got nan"),
-        ({"temperature": INF}, "temperature must be at least 0 and finite, got inf"),
-        ({"count": 0}, "count must be"),
-        ({"count": 7}, "1..6"),
-    ],
-)
-def test_bad_arguments(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        decode(MockModel(1), make_grammar(), 1, **arguments)
-
-
 class BrokenModel(MockModel):
-    """Logits at one place of the answer are changed; `symbols` are given as tokens, None means all."""
+    """Some logits of the second row, after `count` tokens, have another value."""
 
-    def __init__(self, place: int, value: float, tokens: list[int] | None) -> None:
+    def __init__(self, count: int, value: float, tokens: list[int]) -> None:
         super().__init__(2)
-        self.place, self.value = place, value
-        ids = sorted([*DIGITS, SPACE, END])
-        self.symbols = slice(None) if tokens is None else [ids.index(token) for token in tokens]
+        self.count, self.value = count, value
+        self.symbols = [make_grammar().token_ids.index(token) for token in tokens]
 
     def logits(self, row: int, tokens: tuple[int, ...]) -> np.ndarray:
         logits = super().logits(row, tokens)
-        if row == 1 and len(tokens) == self.place:
+        if row == 1 and len(tokens) == self.count:
             logits[self.symbols] = self.value
         return logits
 
 
-WAYS = {
-    "greedy": {},
-    "sampled": {"temperature": 1.0},
-    "almost greedy": {"temperature": 1e-320},
-    "drafted": {"drafters": 31},
-    "drafted, sampled": {"drafters": 31, "temperature": 0.5},
-}
+ALL = [*DIGITS, SPACE, END]
 
 
-def decode_in(way: str, model: MockModel) -> list[list[int]]:
-    grammar, settings = make_grammar(), dict(WAYS[way])
-    if "drafters" in settings:
-        settings["drafters"] = [AnyDrafter(grammar, settings["drafters"], [7, 450]) for _ in range(2)]
-    return decode(model, grammar, 2, generator=torch.Generator().manual_seed(0), **settings).integers
-
-
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("place", [0, 1, 4])
-@pytest.mark.parametrize(
-    ("value", "tokens"),
-    [(NAN, None), (-INF, None), (INF, None), (NAN, [*DIGITS[3:], SPACE]), (INF, [DIGITS[0], SPACE])],
-)
-def test_logits_without_a_largest_one_are_refused(way, place, value, tokens):
-    """One broken logit among the allowed ones is enough; the place may come before, in or after a draft."""
-    if place == 4:
-        tokens = None  # whatever is allowed there
-    with pytest.raises(ValueError, match="logits of the .* that may come next are .*no token can be chosen"):
-        decode_in(way, BrokenModel(place, value, tokens))
-
-
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize(("place", "value", "tokens"), [
-    (0, NAN, [SPACE, END]),  # not allowed there
-    (0, INF, [SPACE, END]),
-    (0, -INF, DIGITS[:9]),  # one is left
-    (99, NAN, None),  # never reached
+@pytest.mark.parametrize("drafted", [False, True])
+@pytest.mark.parametrize("temperature", [0.0, 1e-320, 0.5])
+@pytest.mark.parametrize(("count", "value", "tokens", "is_error"), [
+    (0, NAN, ALL, True),
+    (1, -INF, ALL, True),
+    (4, INF, ALL, True),
+    (0, NAN, [*DIGITS[3:], SPACE], True),
+    (0, NAN, [SPACE, END], False),  # not allowed there
+    (0, -INF, DIGITS[:9], False),  # one is left
+    (99, NAN, ALL, False),  # never reached
 ])  # fmt: skip
-def test_logits_that_do_not_matter_may_be_broken(way, place, value, tokens):
-    for row in decode_in(way, BrokenModel(place, value, tokens)):
-        assert len(row) == 6 and all(0 <= integer <= 1000 for integer in row)
+def test_broken_logits_are_an_error_where_they_decide(drafted, temperature, count, value, tokens, is_error):
+    grammar, model = make_grammar(), BrokenModel(count, value, tokens)
+    drafters = [AnyDrafter(grammar, 31, [7, 450]) for _ in range(2)] if drafted else None
+    generator = torch.Generator().manual_seed(0)
+    with pytest.raises(ValueError, match="no token can be chosen") if is_error else nullcontext():
+        result = decode(model, grammar, 2, drafters=drafters, temperature=temperature, generator=generator)
+        assert all(len(row) == 6 and max(row) <= 1000 for row in result.integers)
 
 
-def test_broken_logits_behind_a_rejected_draft_do_not_matter():
+def test_broken_logits_after_a_rejected_draft_do_not_matter():
     """They only serve the next draft."""
     grammar = make_grammar(2)
     model = Teacher([spell(123, 456)])
@@ -288,3 +236,33 @@ def test_broken_logits_behind_a_rejected_draft_do_not_matter():
     model.logits = lambda row, tokens: plain(row, tokens) * (NAN if tokens[:1] == (DIGITS[9],) else 1)
     drafters = [AnyDrafter(grammar, 31, [999])]
     assert decode(model, grammar, 1, drafters=drafters).integers == [[123, 456]]
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    seed=st.integers(0, 2**31),
+    maximum=st.sampled_from([1, 9, 100, 1000]),
+    needed=st.integers(1, 6),
+    length=st.integers(0, 20),
+    data=st.data(),
+)
+def test_a_prefix_is_continued_as_one_token_at_a_time(seed, maximum, needed, length, data):
+    """Whatever the prefixes, however they differ between the rows, with and without drafts."""
+    grammar, dim = make_grammar(6, maximum), 2
+    previous = data.draw(st.lists(st.lists(st.integers(0, maximum), max_size=6), min_size=1, max_size=3))
+    prefixes = [row[: data.draw(st.integers(0, min(len(row), needed)))] for row in previous]
+    drafters = [Drafter(grammar, dim, length, previous=row) for row in previous]
+    rows, model = len(previous), MockModel(len(previous), seed)
+    drafted = decode(model, grammar, rows, count=needed, drafters=drafters, prefixes=prefixes)
+    plain = decode(MockModel(rows, seed), grammar, rows, count=needed, prefixes=prefixes)
+    assert drafted.passes == model.calls <= plain.passes
+    for index, (row, prefix) in enumerate(zip(drafted.rows, prefixes, strict=True)):
+        assert row.answer.integers[:needed] == plain.rows[index].answer.integers[:needed]
+        begin, answer = [], PartialAnswer()
+        for integer in prefix:
+            symbols = grammar.spell(integer, answer)
+            grammar.append(answer, *symbols)
+            begin += tokens_of(grammar, symbols)
+        expected = plain_greedy(MockModel(rows, seed), index, grammar, begin)
+        written = tokens_of(grammar, row.symbols)
+        assert written == expected[: len(written)] and len(row.answer.integers) >= needed

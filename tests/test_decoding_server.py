@@ -16,26 +16,24 @@ import time
 from base64 import b64decode
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
 import pytest
 import torch
-from conftest import eval_with_a_server, make_config, observation
+from conftest import observation
 from lerobot.configs import PreTrainedConfig
 from torchvision.io import decode_png
 
 from lerobot_vla0.agent import Agent
 from lerobot_vla0.cli import main
 from lerobot_vla0.decoding import server as server_module
-from lerobot_vla0.decoding.server import ServerDecoder
 from lerobot_vla0.modeling_vla0 import VLA0Policy
 
 
 class FakeServer(BaseHTTPRequestHandler):
-    """Answers as `self.server.behaviour` says: a text to write, or "hang", "die", "busy", "html", ..."""
+    """Answers as `self.server.behaviour` says: a text to write, a status, a function, or "hang", "die"."""
 
     protocol_version = "HTTP/1.1"
 
@@ -45,7 +43,6 @@ class FakeServer(BaseHTTPRequestHandler):
     def do_POST(self):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.requests.append(request)
-        self.server.peers.add(self.client_address)
         behaviour = self.server.behaviour
         if isinstance(behaviour, list):
             behaviour = behaviour.pop(0)
@@ -64,16 +61,10 @@ class FakeServer(BaseHTTPRequestHandler):
             self.wfile.write(b'{"choices": [{"message": {"content": "12 ')
             self.wfile.flush()
             self.connection.shutdown(socket.SHUT_RDWR)
-        elif behaviour == "busy":
-            self.reply(503, {"error": "loading"})
+        elif isinstance(behaviour, int):
+            self.reply(behaviour, {"error": "no model"})
         elif behaviour == "strict" and "regex" in request:
             self.reply(422, {"detail": "Unexpected fields in the request: {'regex'}"})
-        elif behaviour == "unknown model":
-            self.reply(404, {"error": "the model does not exist"})
-        elif behaviour == "html":
-            self.reply(200, "<html>welcome</html>")
-        elif behaviour == "no chat":
-            self.reply(200, {"object": "list"})
         else:
             text = "1 " * 13 + "1" if behaviour == "strict" else behaviour
             self.reply(200, {"choices": [{"message": {"role": "assistant", "content": text}}]})
@@ -93,7 +84,7 @@ class FakeServer(BaseHTTPRequestHandler):
 def serving(port: int = 0):
     server = ThreadingHTTPServer(("127.0.0.1", port), FakeServer)
     server.daemon_threads = True
-    server.requests, server.peers, server.models, server.behaviour = [], set(), ["tiny"], "7 " * 13 + "1000"
+    server.requests, server.models, server.behaviour = [], ["tiny"], "7 " * 13 + "1000"
     server.released, server.left = threading.Event(), threading.Event()
     server.url = f"http://127.0.0.1:{server.server_address[1]}/v1"
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -110,10 +101,9 @@ def fake():
 
 
 @pytest.fixture(autouse=True)
-def fast_backoff(monkeypatch):
-    monkeypatch.setattr(server_module, "BACKOFF_S", 0.01)
+def short_times(monkeypatch):
+    monkeypatch.setattr(server_module, "RETRY_S", 0.01)
     monkeypatch.setattr(server_module, "STARTUP_S", 0.0)
-    monkeypatch.setattr(server_module, "STARTUP_RETRY_S", 0.01)
 
 
 def remote(learnt, url, **overrides):
@@ -149,59 +139,13 @@ def test_asks_and_reads(learnt, fake):
     assert not re.fullmatch(regex, "7 " * 13 + "1001") and not re.fullmatch(regex, "7 " * 12 + "7")
 
 
-def test_one_connection_pool(learnt, fake):
-    policy, batch = remote(learnt, fake.url)
-    for _ in range(5):
-        policy.predict_action_chunk(batch)
-    assert len(fake.requests) == 10 and len(fake.peers) <= 2
-
-
-def test_select_action_queues_and_ensembles(learnt, fake):
-    policy, batch = remote(learnt, fake.url)
-    actions = [policy.select_action(batch) for _ in range(2)]
-    assert len(fake.requests) == 2 and actions[1][0].tolist() == [7.0] * 6 + [1000.0]
-    averaging, batch = remote(learnt, fake.url, n_action_steps=1, ensemble_size=2)
-    first, second = averaging.select_action(batch), averaging.select_action(batch)
-    # 7 of the newest chunk, and half the weight of the older chunk's 1000.
-    assert first[0, 6] == 7 and second[0, 6] == pytest.approx((7 + 0.5 * 1000) / 1.5)
-
-
-@pytest.mark.parametrize("trouble", ["die", "busy", "hang"])
-def test_is_asked_again(learnt, fake, trouble):
+@pytest.mark.parametrize("trouble", ["die", 503, "hang"])
+def test_asks_again(learnt, fake, trouble, monkeypatch):
+    monkeypatch.setattr(server_module, "TIMEOUT_S", 0.5)
     fake.behaviour = [trouble, trouble, "5 " * 13 + "5"]
-    policy, batch = remote(learnt, fake.url, server_timeout=0.5)
+    policy, batch = remote(learnt, fake.url)
     chunk = policy.predict_action_chunk({k: v[:1] for k, v in batch.items()})
     assert len(fake.requests) == 3 and (chunk == 5).all()
-
-
-@pytest.mark.parametrize(
-    ("behaviour", "error", "message"),
-    [
-        ("hang", ConnectionError, "no answer in 3 attempts of at most 0.3 s .TimeoutError"),
-        ("die", ConnectionError, "no answer in 3 attempts .*RemoteProtocolError"),
-        ("busy", ConnectionError, "no answer in 3 attempts .*status 503.*loading"),
-        (
-            "unknown model",
-            ConnectionError,
-            "refused the request with status 404.*does not exist.*--policy.server_model=tiny.*end in /v1",
-        ),
-        ("html", ValueError, "answered no JSON, but '<html>"),
-        ("no chat", ValueError, "no chat completion, but"),
-        ("I am a language model", ValueError, "'tiny' wrote no actions: expected 14 integers, got 5"),
-        ("7 " * 13 + "1001", ValueError, "wrote no actions: expected integers in 0..1000, got '1001'"),
-        ("7 " * 13 + "-1", ValueError, "wrote no actions.*'-1'.*may ignore structured output"),
-        ("", ValueError, "expected 14 integers, got 0"),
-    ],
-)
-def test_what_goes_wrong_is_said(learnt, fake, behaviour, error, message):
-    fake.behaviour = behaviour
-    policy, batch = remote(learnt, fake.url, server_timeout=0.3)
-    with pytest.raises(error, match=message) as caught:
-        policy.predict_action_chunk({k: v[:1] for k, v in batch.items()})
-    assert fake.url in str(caught.value)
-
-
-# ----------------------------------------------------------------------------------- servers that misbehave
 
 
 def write(*parts: bytes, pause: float = 0.0):
@@ -219,162 +163,49 @@ def write(*parts: bytes, pause: float = 0.0):
 
 def respond(body: bytes, status: str = "200 OK", **headers: str):
     lines = [f"HTTP/1.1 {status}", *(f"{k.replace('_', '-')}: {v}" for k, v in headers.items())]
-    length = [] if "Transfer_Encoding" in headers else [f"Content-Length: {len(body)}"]
-    return write("\r\n".join([*lines, *length, "", ""]).encode() + body)
+    return write("\r\n".join([*lines, f"Content-Length: {len(body)}", "", ""]).encode() + body)
 
 
-def answer(content) -> bytes:
-    return json.dumps({"choices": [{"message": {"role": "assistant", "content": content}}]}).encode()
-
-
-GOOD = answer("7 " * 13 + "7")
-HEAD = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n"
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
-MEGABYTE = b" " * 2**20
-NO_ANSWER = (ConnectionError, "gave no answer in 1 attempts")
-REDIRECTED = (ConnectionError, "redirects to ")
-REFUSED = (ConnectionError, "refused the request with status ")
-TOO_LARGE = (ValueError, "its answer is larger than 1048576 bytes")
-COMPRESSED = (ValueError, "compressed its answer .'.*'., unasked")
-NO_JSON = (ValueError, "answered no JSON, but ")
-NO_CHAT = (ValueError, "no chat completion, but ")
-NO_ACTIONS = (ValueError, "wrote no actions")
-
-# What a server may do → the error. Those that drip would take minutes.
-MISBEHAVIOURS = {
-    "drips the body": (write(HEAD % 999, *[b" "] * 999, pause=0.1), NO_ANSWER),
-    "drips the headers": (
-        write(*(b"HTTP/1.1 200 OK\r\n"[i % 17 :][:1] for i in range(999)), pause=0.1),
-        NO_ANSWER,
-    ),
-    "drips header after header": (write(b"HTTP/1.1 200 OK\r\n", *[b"X: y\r\n"] * 999, pause=0.1), NO_ANSWER),
-    "drips chunks": (write(CHUNKED, *[b"1\r\n \r\n"] * 999, pause=0.1), NO_ANSWER),
-    "continues for ever": (write(*[b"HTTP/1.1 100 Continue\r\n\r\n"] * 999, pause=0.1), NO_ANSWER),
-    "hangs up": (write(), NO_ANSWER),
-    "hangs up in the body": (write(HEAD % 1000, GOOD), NO_ANSWER),
-    "hangs up in a chunk": (write(CHUNKED, b"ff\r\n{"), NO_ANSWER),
-    "no HTTP": (write(b"SSH-2.0-OpenSSH_9.6\r\n"), NO_ANSWER),
-    "no status": (write(b"HTTP/1.1 OK\r\n\r\n"), NO_ANSWER),
-    "zeros": (write(bytes(1000)), NO_ANSWER),
-    "no length": (write(b"HTTP/1.1 200 OK\r\nContent-Length: -5\r\n\r\n" + GOOD), NO_ANSWER),
-    "two lengths": (respond(GOOD, Content_Length="1"), NO_ANSWER),
-    "bad chunk": (write(CHUNKED, b"zz\r\n" + GOOD), NO_ANSWER),
-    "endless header": (write(b"HTTP/1.1 200 OK\r\nX: ", *[MEGABYTE] * 4), NO_ANSWER),
-    "500": (respond(b"broken", "500 No"), NO_ANSWER),
-    "503": (respond(b"", "503 Later"), NO_ANSWER),
-    "599": (respond(b"\x1b[2J", "599 ?"), (ConnectionError, r"'\\x1b\[2J'")),
-    "400 MB": (write(HEAD % (400 * 2**20), *[MEGABYTE] * 400), TOO_LARGE),
-    "400 MB in chunks": (write(CHUNKED, *[b"100000\r\n" + MEGABYTE + b"\r\n"] * 400), TOO_LARGE),
-    "400 MB without a length": (write(b"HTTP/1.1 200 OK\r\n\r\n", *[MEGABYTE] * 400), TOO_LARGE),
-    "400 MB of refusal": (write(b"HTTP/1.1 404 No\r\n\r\n", *[MEGABYTE] * 400), TOO_LARGE),
-    "gzip bomb": (respond(gzip.compress(bytes(2**26), 1), Content_Encoding="gzip"), COMPRESSED),
-    "gzip": (respond(gzip.compress(GOOD), Content_Encoding="gzip"), COMPRESSED),
-    "bad gzip": (respond(b"zip", Content_Encoding="gzip"), COMPRESSED),
-    "gzip of gzip": (respond(GOOD, Content_Encoding="gzip, gzip"), COMPRESSED),
-    "zstd": (respond(b"", Content_Encoding="zstd"), COMPRESSED),
-    "redirect": (respond(b"", "307 There", Location="http://127.0.0.1:9/v1"), REDIRECTED),
-    "permanent redirect": (respond(GOOD, "308 There", Location="/v1/"), REDIRECTED),
-    "redirect to a file": (respond(b"", "302 There", Location="file:///etc/passwd"), REDIRECTED),
-    "redirect to nothing": (respond(b"", "301 There", Location="http://[::1"), NO_ANSWER),
-    "redirect without a place": (respond(b"", "301 There"), REFUSED),
-    "204": (write(b"HTTP/1.1 204 No\r\n\r\n"), NO_JSON),
-    "304": (write(b"HTTP/1.1 304 No\r\n\r\n"), REFUSED),
-    "403": (respond(b"no", "403 No"), REFUSED),
-    "418": (respond(b"teapot", "418 No"), REFUSED),
-    "empty": (respond(b""), NO_JSON),
-    "half": (respond(GOOD[:-9]), NO_JSON),
-    "no UTF-8": (respond(b'{"choices": "\xff"}'), NO_JSON),
-    "UTF-7": (respond(b"+AGE-", Content_Type="application/json; charset=utf-7"), NO_JSON),
-    "no charset": (respond(b"hello", Content_Type="text/html; charset=rot13"), NO_JSON),
-    "nested": (respond(b"[" * 10**6), NO_JSON),
-    "nested objects": (respond(b'{"choices":' * 10**4), NO_JSON),
-    "long number": (respond(b"9" * 10**4), NO_JSON),
-    "NaN": (respond(b"NaN"), NO_CHAT),
-    "number": (respond(b"5"), NO_CHAT),
-    "null": (respond(b"null"), NO_CHAT),
-    "text": (respond(b'"choices"'), NO_CHAT),
-    "list": (respond(b"[5]"), NO_CHAT),
-    "no choice": (respond(b'{"choices": []}'), NO_CHAT),
-    "number of choices": (respond(b'{"choices": 5}'), NO_CHAT),
-    "text of choices": (respond(b'{"choices": "x"}'), NO_CHAT),
-    "named choices": (respond(b'{"choices": {"0": 5}}'), NO_CHAT),
-    "choice is null": (respond(b'{"choices": [null]}'), NO_CHAT),
-    "message is a list": (respond(b'{"choices": [{"message": []}]}'), NO_CHAT),
-    "message is text": (respond(b'{"choices": [{"message": "7 7"}]}'), NO_CHAT),
-    "error with status 200": (respond(b'{"error": {"message": "full"}}'), NO_CHAT),
-    "content is null": (respond(answer(None)), NO_CHAT),
-    "content is a number": (respond(answer(7)), NO_CHAT),
-    "content is a list": (respond(answer([7] * 14)), NO_CHAT),
-    "content in parts": (respond(answer([{"type": "text", "text": "7"}])), NO_CHAT),
-    "half a character": (respond(answer("\ud800 " * 14)), NO_ACTIONS),
-    "other digits": (respond(answer("\u0667 " * 14)), NO_ACTIONS),
-    "fractions": (respond(answer("7.0 " * 14)), NO_ACTIONS),
-    "huge integer": (respond(answer("7 " * 13 + "9" * 9999)), NO_ACTIONS),
-    "13 integers": (respond(answer("7 " * 13)), NO_ACTIONS),
-    "15 integers": (respond(answer("7 " * 15)), NO_ACTIONS),
-    "zeros in text": (respond(answer("\0" * 14)), NO_ACTIONS),
-}
-
-
-@pytest.fixture(scope="module")
-def misbehaving(learnt):
-    """A server and a policy for all of MISBEHAVIOURS."""
-    with serving() as server:
-        yield server, *remote(learnt, server.url, server_timeout=0.35, server_model="tiny")
-
-
-@pytest.mark.parametrize("name", MISBEHAVIOURS)
-def test_misbehaviour_is_an_error_that_names_it(name, misbehaving, monkeypatch):
-    monkeypatch.setattr(server_module, "ATTEMPTS", 1)
-    server, policy, batch = misbehaving
-    server.behaviour, (error, message) = MISBEHAVIOURS[name]
-    with pytest.raises(error, match=message) as caught:
-        policy.predict_action_chunk({k: v[:1] for k, v in batch.items()})
-    assert str(caught.value).isprintable() and server.url in str(caught.value)
-    server.behaviour = "7 " * 13 + "7"  # nothing stays of it
-    assert (policy.predict_action_chunk(batch) == 7).all()
+NO_ANSWER = (ConnectionError, "gave no answer in 3 attempts of at most 0.5 s")
+NO_CHUNK = (ValueError, "is no chunk of actions")
 
 
 @pytest.mark.parametrize(
-    "models",
-    [5, "x", None, {}, [], [5], ["tiny"], [{}], [{"id": 5}], [{"id": None}], [[]], [{"id": ["tiny"]}]],
+    ("behaviour", "error", "message"),
+    [
+        ("hang", *NO_ANSWER),
+        ("die", *NO_ANSWER),
+        (write(CHUNKED, *[b"1\r\n \r\n"] * 999, pause=0.1), *NO_ANSWER),
+        (503, ConnectionError, "no answer in 3 attempts .*status 503.*no model"),
+        (write(CHUNKED, *[b"100000\r\n" + b" " * 2**20 + b"\r\n"] * 400), ValueError, "larger than 1048576"),
+        (respond(gzip.compress(bytes(2**26), 1), Content_Encoding="gzip"), *NO_CHUNK),
+        (404, ConnectionError, "status 404: .*no model.*--policy.server_model=tiny"),
+        (respond(b"<html>welcome</html>"), *NO_CHUNK),
+        (respond(b"[" * 10**6), *NO_CHUNK),
+        (respond(b'{"choices": [null]}'), *NO_CHUNK),
+        (respond(b'{"choices": [{"message": {"content": null}}]}'), *NO_CHUNK),
+        ("I am a language model", ValueError, "no chunk of actions .expected 14 integers, got 5"),
+        ("7 " * 13 + "1001", ValueError, "expected integers in 0..1000, got '1001'"),
+    ],
 )
-def test_list_of_models_of_a_wrong_shape(models, misbehaving, monkeypatch):
-    _, policy, batch = misbehaving
-    monkeypatch.setattr(FakeServer, "do_GET", lambda self: self.reply(200, {"data": models}))
-    monkeypatch.setattr(policy.decoder, "model", None)
-    with pytest.raises(ValueError, match="no list of models, but|names the models .*, not one"):
-        policy.predict_action_chunk(batch)
+def test_misbehaviour_is_an_error_that_names_the_server(learnt, fake, behaviour, error, message, monkeypatch):
+    monkeypatch.setattr(server_module, "TIMEOUT_S", 0.5)
+    fake.behaviour = behaviour
+    policy, batch = remote(learnt, fake.url)
+    one = {k: v[:1] for k, v in batch.items()}
+    with pytest.raises(error, match=message) as caught:
+        policy.predict_action_chunk(one)
+    assert str(caught.value).isprintable() and fake.url in str(caught.value)
+    fake.behaviour = "7 " * 13 + "7"  # it has no effect on later chunks
+    assert (policy.predict_action_chunk(one) == 7).all()
 
 
-@pytest.mark.parametrize(
-    "url",
-    ["http://[::1", "http://", "http://:80/v1", "http://h:99999", "http://h:x", "http://h/v1?a=b", "http://xn--/",
-     "http://h/v1#a", "http://h\n/v1", "http://[zz]/", "http://h/" + "a" * 70000],
-)  # fmt: skip
-def test_no_url_of_a_server(url, misbehaving):
-    _, policy, _ = misbehaving
-    with pytest.raises(ValueError, match="is no URL of a server .*http://localhost:8000/v1"):
-        ServerDecoder(replace(policy.config, server=url), policy.examples)
-
-
-@pytest.mark.parametrize("host", ["a..b", "a" * 70, "no-such-host.invalid", "1.2.3.4.5"])
-def test_no_such_host(host, misbehaving, monkeypatch):
-    _, policy, batch = misbehaving
-    decoder = ServerDecoder(replace(policy.config, server=f"http://{host}/v1"), policy.examples)
-    monkeypatch.setattr(policy, "decoder", decoder)
-    monkeypatch.setattr(server_module, "STARTUP_S", 1000.0)  # only for a host that refuses
-    with pytest.raises(ConnectionError, match="gave no answer in 3 attempts"):
-        policy.predict_action_chunk(batch)
-
-
-@pytest.mark.parametrize("key", ["a\nb", "\r", "schl\u00fcssel", "a\x7f"])
-def test_no_key(key, misbehaving, monkeypatch):
-    _, policy, _ = misbehaving
-    monkeypatch.setenv("VLA0_SERVER_API_KEY", key)
+def test_a_key_with_a_line_break_is_not_shown(learnt, monkeypatch):
+    monkeypatch.setenv("VLA0_SERVER_API_KEY", "a\nb")
     with pytest.raises(ValueError, match="VLA0_SERVER_API_KEY has line breaks") as caught:
-        ServerDecoder(policy.config, policy.examples)
-    assert key not in str(caught.value)
+        remote(learnt, "http://127.0.0.1:9/v1")
+    assert "a\nb" not in str(caught.value)
 
 
 def test_a_redirect_gets_neither_key_nor_pictures(learnt, fake, monkeypatch):
@@ -382,7 +213,7 @@ def test_a_redirect_gets_neither_key_nor_pictures(learnt, fake, monkeypatch):
     with serving() as other:
         fake.behaviour = respond(b"", "307 There", Location=f"{other.url}/chat/completions")
         policy, batch = remote(learnt, fake.url, server_model="tiny")
-        with pytest.raises(ConnectionError, match=f"redirects to '{other.url}/chat/completions'.*not sent"):
+        with pytest.raises(ConnectionError, match="status 307: .*Redirects are not followed"):
             policy.predict_action_chunk(batch)
         assert fake.requests and not other.requests
 
@@ -395,13 +226,10 @@ def test_a_checkpoint_cannot_name_a_server(learnt, fake, tmp_path, monkeypatch):
     (folder / "config.json").write_text(json.dumps(saved | {"server": fake.url}))
     for load in (
         lambda: VLA0Policy.from_pretrained(folder),
-        lambda: VLA0Policy.from_pretrained(folder, config=PreTrainedConfig.from_pretrained(folder)),
         lambda: Agent.from_pretrained(folder, device="cpu"),
-        lambda: remote((folder, learnt[1]), fake.url),  # the same one: who names it cannot be told
+        lambda: remote((folder, learnt[1]), fake.url),  # the same one: the two cannot be told apart
     ):
-        with pytest.raises(
-            ValueError, match="config.json names server='http.*cannot choose one: set it to null"
-        ):
+        with pytest.raises(ValueError, match="config.json names server='http.*cannot choose one"):
             load()
     with serving() as own:  # the caller's counts, or none
         policy, batch = remote((folder, learnt[1]), own.url)
@@ -412,9 +240,10 @@ def test_a_checkpoint_cannot_name_a_server(learnt, fake, tmp_path, monkeypatch):
 
 
 def test_an_interrupt_ends_at_once(learnt, fake, monkeypatch):
-    """While two rows wait for a server that hangs: before the deadline, and the server is left."""
+    """While two rows wait for a server that hangs, whose connections are closed."""
     fake.behaviour = write(*[b" "] * 3000, pause=0.02)
-    policy, batch = remote(learnt, fake.url, server_timeout=1000, server_model="tiny")
+    monkeypatch.setattr(server_module, "TIMEOUT_S", 1000.0)
+    policy, batch = remote(learnt, fake.url, server_model="tiny")
     ignored = signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest-xdist ignores it
 
     def interrupt():
@@ -429,40 +258,27 @@ def test_an_interrupt_ends_at_once(learnt, fake, monkeypatch):
     finally:
         signal.signal(signal.SIGINT, ignored)
     assert fake.left.wait(20)
-    # Nothing of it keeps the process from ending.
-    assert not [t for t in threading.enumerate() if t.name.startswith("vla0") and not t.daemon]
     fake.behaviour = "7 " * 13 + "7"
     assert (policy.predict_action_chunk(batch) == 7).all()
 
 
-def test_acts_where_a_loop_runs_and_in_threads(learnt, fake):
-    """As in a notebook, and in LeRobot's rollout."""
+def test_acts_in_threads_and_where_a_loop_runs(learnt, fake):
+    """As in LeRobot's rollout, and in a notebook."""
     policy, batch = remote(learnt, fake.url)
 
     async def cell():
         return policy.predict_action_chunk(batch)
 
-    expected = asyncio.run(cell())
     with ThreadPoolExecutor(4) as pool:
         results = list(pool.map(policy.predict_action_chunk, [batch] * 8))
-    assert all(torch.equal(result, expected) for result in results)
+    assert all(torch.equal(result, asyncio.run(cell())) for result in results[:2])
 
 
-# -------------------------------------------------------------------------------------- servers that restart
-
-
-def test_nobody_there(learnt):
-    policy, batch = remote(learnt, "http://127.0.0.1:9/v1", server_model="tiny")
-    with pytest.raises(ConnectionError, match="ConnectError.*Is it running"):
-        policy.predict_action_chunk(batch)
-
-
-@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
-def test_a_server_that_is_starting_is_waited_for(host, learnt, monkeypatch, caplog):
+def test_waits_for_a_server_that_is_starting(learnt, monkeypatch, caplog):
     monkeypatch.setattr(server_module, "STARTUP_S", 1000.0)
     with serving() as server:
         port = server.server_address[1]
-    policy, batch = remote(learnt, f"http://{host}:{port}/v1", server_model="tiny")
+    policy, batch = remote(learnt, f"http://localhost:{port}/v1", server_model="tiny")
     with ThreadPoolExecutor() as pool, caplog.at_level(logging.WARNING):
         acting = pool.submit(policy.predict_action_chunk, batch)
         while not caplog.records:
@@ -494,16 +310,8 @@ def test_real_time_chunking(learnt, fake):
     assert chunk.tolist() == [[[3.0] * 7, [9.0] * 7]]
     regex = fake.requests[-1]["structured_outputs"]["regex"]
     assert re.fullmatch(regex, fake.behaviour) and not re.fullmatch(regex, "4 " + fake.behaviour[2:])
-    with pytest.raises(ValueError, match="do not begin with those that the robot is executing"):
+    with pytest.raises(ValueError, match="does not begin with the actions that the robot is executing"):
         policy.predict_action_chunk(one, inference_delay=2, prev_chunk_left_over=left)
-
-
-def test_an_address_without_v1(learnt, fake, monkeypatch):
-    """Before the model's name is known, only the address can be wrong."""
-    monkeypatch.setattr(FakeServer, "do_GET", lambda self: self.reply(404, {"detail": "Not Found"}))
-    policy, batch = remote(learnt, fake.url)
-    with pytest.raises(ConnectionError, match="status 404: .*Not Found.*'[.] Does the URL end in /v1[?]$"):
-        policy.predict_action_chunk(batch)
 
 
 def test_model_name(learnt, fake):
@@ -516,39 +324,12 @@ def test_model_name(learnt, fake):
     assert fake.requests[0]["model"] == "b"
 
 
-def test_api_key(learnt, fake, monkeypatch):
-    monkeypatch.setenv("VLA0_SERVER_API_KEY", "secret")
-    policy, _ = remote(learnt, fake.url)
-    assert policy.decoder.client.headers["Authorization"] == "Bearer secret"
-
-
-def test_needs_no_weights(learnt, fake, tmp_path):
-    folder, batch = learnt
-    for file in folder.rglob("*"):
-        if file.is_file() and file.name != "model.safetensors":
-            copy = tmp_path / file.relative_to(folder)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            copy.write_bytes(file.read_bytes())
-    policy, batch = remote((tmp_path, batch), fake.url)
-    assert policy.predict_action_chunk(batch).shape == (2, 2, 7)
-
-
-def test_cannot_train_or_be_saved(learnt, fake, tmp_path, tiny_vlm):
-    policy, _ = remote(learnt, fake.url)
-    for act in (lambda: policy.forward(learnt[1]), lambda: policy.save_pretrained(tmp_path / "x")):
-        with pytest.raises(ValueError, match="can act but not train or be saved"):
-            act()
-    with pytest.raises(ValueError, match="is for acting with a trained checkpoint"):
-        VLA0Policy(make_config(tiny_vlm, server=fake.url))
-    with pytest.raises(ValueError, match="server='localhost:8000' is not allowed.*http://"):
-        make_config(tiny_vlm, server="localhost:8000")
-
-
-@pytest.mark.slow
-def test_lerobot_eval_with_a_server(learnt, fake, tmp_path, process_env):
-    """LeRobot's script, two environments at once: a request each for every two steps."""
-    eval_with_a_server(learnt[0], fake.url, 6, tmp_path, process_env)
-    assert len(fake.requests) == 2 * 3
+def test_cannot_train_or_be_saved(learnt, fake, tmp_path):
+    copy = shutil.copytree(learnt[0], tmp_path / "x", ignore=shutil.ignore_patterns("model.safetensors"))
+    policy, _ = remote((copy, learnt[1]), fake.url)  # acts without weights
+    for use in (lambda: policy.forward(learnt[1]), lambda: policy.save_pretrained(tmp_path / "y")):
+        with pytest.raises(ValueError, match="the weights are on the server"):
+            use()
 
 
 @pytest.mark.slow

@@ -1,14 +1,15 @@
 import pytest
 import torch
 
-from lerobot_vla0 import backbone
+from lerobot_vla0 import vlm
 from lerobot_vla0.decoding.kv_cache import KVCache
 from lerobot_vla0.decoding.session import DecodingSession, acting_model, encode_prefix
+from lerobot_vla0.families import family
 
 
 @pytest.fixture(scope="module")
-def vlm(tiny_vlm):
-    return backbone.load_vlm(tiny_vlm, revision=None, dtype="float32", attn_implementation=None)
+def model_and_processor(tiny_vlm):
+    return vlm.load_vlm(tiny_vlm, revision=None, dtype="float32", attn_implementation=None)
 
 
 def prompts(processor, texts: list[str], seed: int = 0) -> dict[str, torch.Tensor]:
@@ -25,17 +26,17 @@ def prompts(processor, texts: list[str], seed: int = 0) -> dict[str, torch.Tenso
         return_tensors="pt",
     )
     inputs = {key: tokens[key] for key in ("input_ids", "attention_mask")}
-    return inputs | backbone.family(processor).vision_inputs(processor, pictures, inputs["input_ids"])
+    return inputs | family(processor).vision_inputs(processor, pictures, inputs["input_ids"])
 
 
 @pytest.mark.parametrize(
     ("skip", "compiled"), [(0, False), (2, False), pytest.param(2, True, marks=pytest.mark.slow)]
 )
-def test_equals_a_full_pass(vlm, skip, compiled):
-    """Prompts of different lengths, drafts of different lengths behind them, of which different numbers hold:
-    logits are those of Transformers' own forward on each whole sequence alone. So positions (multimodal RoPE
-    included), masks and caches are right, and rejected drafts leave nothing behind."""
-    model, processor = vlm
+def test_equals_a_full_pass(model_and_processor, skip, compiled):
+    """Prompts of different lengths, drafts of different lengths behind them, of which different numbers are
+    accepted: logits are those of Transformers' own forward on each whole sequence alone. So positions
+    (multimodal RoPE included), masks and caches are right, and rejected drafts leave nothing behind."""
+    model, processor = model_and_processor
     ids = list(range(15, 25))
     inputs = prompts(processor, ["go", "put the bowl on the plate"])
     assert inputs["attention_mask"].sum(1).unique().numel() == 2
@@ -56,12 +57,12 @@ def test_equals_a_full_pass(vlm, skip, compiled):
     with torch.no_grad():
         acting = acting_model(model)
         prefix = encode_prefix(acting, inputs["input_ids"][:1, :skip]) if skip else None
-        cache = DecodingSession(acting, inputs, ids, room=32, prefix=prefix, compiled=compiled)
+        session = DecodingSession(acting, inputs, ids, room=32, prefix=prefix, compiled=compiled)
         steps = [
-            cache.start([[15, 16, 220], []]),
-            cache.extend([1, 0], [[17, 18], [19, 20, 21]]),
-            cache.extend([2, 1], [[22], [23, 24]]),
-            cache.extend([1, 2], [[15], []]),
+            session.start([[15, 16, 220], []]),
+            session.extend([1, 0], [[17, 18], [19, 20, 21]]),
+            session.extend([2, 1], [[22], [23, 24]]),
+            session.extend([1, 2], [[15], []]),
         ]
         expected = [
             [alone(0, [15, 16, 220], 4), alone(1, [], 1)],
@@ -74,25 +75,16 @@ def test_equals_a_full_pass(vlm, skip, compiled):
                 assert torch.allclose(torch.from_numpy(got[row, : len(logits)]), logits, atol=1e-5)
 
 
-def test_buffers_are_used_again(vlm):
-    """What an earlier chunk left in them changes nothing, and two chunks cannot use them at once."""
-    model, processor = acting_model(vlm[0]), vlm[1]
-    ids, buffers = list(range(15, 25)), KVCache()
-    answers = []
+def test_a_cache_is_used_again(model_and_processor):
+    """Nothing of an earlier chunk in it has an effect."""
+    model, processor = acting_model(model_and_processor[0]), model_and_processor[1]
+    ids, cache, answers = list(range(15, 25)), KVCache(), []
     for seed in (0, 1, 0):
         inputs = prompts(processor, ["go"], seed)
-        with torch.no_grad():
-            cache = DecodingSession(model, inputs, ids, room=32, buffers=buffers)
-            answers.append((cache.start([[15, 16]]), cache.extend([1], [[17, 18]])))
-        keys = buffers.layers[0][0]
         with torch.inference_mode():
-            for buffer in sum(buffers.layers, ()):
+            session = DecodingSession(model, inputs, ids, room=32, cache=cache)
+            answers.append((session.start([[15, 16]]), session.extend([1], [[17, 18]])))
+            for buffer in sum(cache.layers, ()):
                 buffer.fill_(float("nan"))  # of a chunk with a broken picture
     assert all((first == third).all() for first, third in zip(answers[0], answers[2], strict=True))
     assert not (answers[0][0] == answers[1][0]).all()
-    earlier = cache
-    with torch.no_grad():
-        DecodingSession(model, inputs, ids, room=32, buffers=buffers)
-    assert buffers.layers[0][0] is keys
-    with pytest.raises(RuntimeError, match="another chunk was begun.*compile_model=False"):
-        earlier.extend([0], [[15]])

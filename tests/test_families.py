@@ -9,7 +9,7 @@ from conftest import make_batch, make_config, make_stats, observation, randomise
 from tiny_families import FAMILIES, PICTURES, make_tiny
 from transformers import AutoProcessor
 
-from lerobot_vla0 import backbone
+from lerobot_vla0 import vlm
 from lerobot_vla0.decoding.engine import decode
 from lerobot_vla0.modeling_vla0 import VLA0Policy
 from lerobot_vla0.processor_vla0 import make_vla0_pre_post_processors
@@ -75,21 +75,21 @@ def test_parts_are_where_the_family_says(family, folders, tiny_vlm):
     """Of the model as Transformers makes it: layers by class name, as FSDP looks for them; and the processor
     leads to the same family."""
     folder = tiny_vlm if family == "qwen2_5_vl" else folders[family]
-    model, processor = backbone.load_vlm(folder, revision=None, dtype="float32", attn_implementation=None)
-    ours = backbone.family(model)
-    assert ours is backbone.family(processor) is backbone.FAMILIES[family]
-    text = backbone.language_model(model)
-    blocks = [module for module in model.modules() if type(module).__name__ == backbone.block_name(model)]
+    model, processor = vlm.load_vlm(folder, revision=None, dtype="float32", attn_implementation=None)
+    ours = vlm.family(model)
+    assert ours is vlm.family(processor) is vlm.FAMILIES[family]
+    text = vlm.language_model(model)
+    blocks = [module for module in model.modules() if type(module).__name__ == vlm.block_name(model)]
     assert blocks == list(text.layers)
     assert set(map(id, model.parameters())) == {
-        id(p) for part in (text, model.lm_head, *backbone.vision_modules(model)) for p in part.parameters()
+        id(p) for part in (text, model.lm_head, *vlm.vision_modules(model)) for p in part.parameters()
     }
 
 
 def test_processor_of_another_vlm_is_refused(folders):
     tokenizer = AutoProcessor.from_pretrained(folders["qwen2_vl"]).tokenizer
     with pytest.raises(ValueError, match=f"vlm: its processor is a .{type(tokenizer).__name__}.*qwen2_5_vl"):
-        backbone.family(tokenizer)
+        vlm.family(tokenizer)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -132,7 +132,7 @@ def test_trains_saves_and_loads(family, folders, tmp_path):
     policy = VLA0Policy(
         config_of(family, folders, gradient_checkpointing=family == "smolvlm", freeze_vision=True)
     )
-    frozen = [p for module in backbone.vision_modules(policy.model) for p in module.parameters()]
+    frozen = [p for module in vlm.vision_modules(policy.model) for p in module.parameters()]
     assert frozen and not any(p.requires_grad for p in frozen)
     batch = make_bins(2)
     losses, metrics = train_steps(policy, batch, steps=6, lr=3e-3)
@@ -172,10 +172,9 @@ def test_acts_alone_as_in_a_batch(family, folders):
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["smolvlm", "qwen3_vl"])
-def test_compiled_model_acts_the_same(family, folders):
+def test_compiled_model_acts_the_same(folders):
     batch = observation(make_bins())
-    plain, compiled = (make_policy(family, folders, compile_model=c) for c in (False, True))
+    plain, compiled = (make_policy("qwen3_vl", folders, compile_model=c) for c in (False, True))
     for _ in range(2):
         assert torch.equal(compiled.predict_action_chunk(batch), plain.predict_action_chunk(batch))
 
@@ -190,7 +189,7 @@ def test_lora(family, folders, tmp_path):
     policy.config.pretrained_path = tmp_path / "base"
     wrapped = policy.wrap_with_peft(peft_cli_overrides={"method_type": "LORA", "r": 4})
     trained = [name for name, p in wrapped.named_parameters() if p.requires_grad]
-    assert trained and all(f".{backbone.family(policy.model).text}.layers." in name for name in trained)
+    assert trained and all(f".{vlm.family(policy.model).text}.layers." in name for name in trained)
     batch = make_bins(2)
     wrapped.train()
     optimizer = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad], lr=1e-2)
@@ -217,14 +216,9 @@ def test_gemma3_says_that_it_falls_back(folders, caplog):
 @pytest.mark.parametrize(
     ("family", "settings", "message"),
     [
-        (
-            "qwen3_vl",
-            {"image_size": 56},
-            "image_size=56 must be a multiple of 32 for this VLM, for example 64",
-        ),
-        ("smolvlm", {"image_size": 56}, "must be a multiple of 32"),
-        ("internvl", {"image_size": 64}, "must be a multiple of 28"),
-        ("gemma3", {"image_size": 64}, "image_size=64 does not fit this VLM, which sees 56×56 pixels only"),
+        ("qwen3_vl", {"image_size": 56}, "image_size=56 does not fit this VLM's patches. Set it to 64"),
+        ("internvl", {"image_size": 64}, "does not fit this VLM's patches"),
+        ("gemma3", {"image_size": 64}, "image_size=64 does not fit this VLM's patches. Set it to 56"),
         ("internvl", {"tile_images": True}, "takes square pictures only. Set tile_images=false"),
     ],
 )
@@ -237,24 +231,16 @@ def test_smaller_cameras_are_enlarged_for_a_fixed_size_only(folders):
     small = make_batch(1, 48, chunk_size=4)
     policy = make_policy("gemma3", folders)
     assert policy.examples.pictures(policy.examples.check(small), None).shape == (1, 2, 3, 56, 56)
-    with pytest.raises(ValueError, match="would have to be enlarged"):
+    with pytest.raises(ValueError, match="smaller than the"):
         make_policy("internvl", folders).examples.check(small)
 
 
 def test_template_that_thinks_first(folders):
-    from lerobot_vla0.prompt import ChatFormatter
+    from lerobot_vla0.chat import ChatFormatter
 
     processor = AutoProcessor.from_pretrained(folders["qwen3_vl"])
     opening = "'<|im_start|>assistant\n"
     processor.chat_template = processor.chat_template.replace(opening, opening + "<think>\n")
     settings = {"horizon": 1, "dim": 2, "num_bins": 10, "num_pictures": 1, "picture_size": (64, 64)}
-    with pytest.raises(ValueError, match="think first is not supported"):
+    with pytest.raises(ValueError, match="thinks first is not supported"):
         ChatFormatter(processor, **settings, picture_mark="", picture_text="", add_vision_id=False)
-
-
-def test_softcapped_logits_are_refused(tmp_path):
-    from transformers import Gemma3Config
-
-    Gemma3Config(text_config={"final_logit_softcapping": 30.0}).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="final_logit_softcapping"):
-        backbone.read_config(tmp_path)

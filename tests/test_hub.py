@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_batch, make_config, observation, randomise, run_script
+from lerobot.policies.factory import make_pre_post_processors
 from local_hub import TOKEN, LocalHub
-from test_convert_import_checkpoint import save_model, write_config, write_stats
+from peers import save_model, write_config, write_stats
 
 from lerobot_vla0.cli import main
 from lerobot_vla0.modeling_vla0 import VLA0Policy
@@ -63,8 +64,6 @@ def load(
 
 
 def chunk(folder: Path) -> torch.Tensor:
-    from lerobot.policies.factory import make_pre_post_processors
-
     policy = VLA0Policy.from_pretrained(folder)
     pre, post = make_pre_post_processors(policy.config, str(folder))
     return post(policy.predict_action_chunk(pre(observation(make_batch(rows=1)))))
@@ -85,10 +84,7 @@ def test_train_push_load(tiny_vlm, tiny_dataset, process_env, shared_hub, tmp_pa
     files = shared_hub.files("me/policy")
     assert files.keys() >= CHECKPOINT
     card = files["README.md"].decode()
-    assert (
-        'Agent.from_pretrained("me/policy")' in card and "| Training steps | 1 |\n| Batch size | 2 |" in card
-    )
-    assert "- **Episodes:** 4\n- **Frames:** 24\n" in card and str(tiny_vlm) not in card
+    assert 'Agent.from_pretrained("me/policy")' in card and str(tiny_vlm) not in card
 
     loads = [("stranger", "me/policy", None), ("main", "me/policy", None)]
     printed, found = load(shared_hub, tmp_path / "owner", loads, process_env, HF_TOKEN=TOKEN)
@@ -195,8 +191,6 @@ def test_push_of_an_adapter_on_a_local_base_warns(tiny_vlm, caplog):
     policy = VLA0Policy(make_config(tiny_vlm))
     policy.config.use_peft = True
     with caplog.at_level(logging.WARNING):
-        card = policy.generate_model_card("owner/data", "vla0", None, None)  # LeRobot 0.6.2 gives no more
+        card = policy.generate_model_card("owner/data", "vla0", None, None)  # LeRobot 0.6.2 passes no more
     assert card.data.datasets == "owner/data"
-    assert (
-        f"adapter's base is the folder {tiny_vlm}: what was pushed loads on this machine only" in caplog.text
-    )
+    assert f"adapter's base is the folder {tiny_vlm}: what was pushed loads on this" in caplog.text

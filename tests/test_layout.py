@@ -1,111 +1,78 @@
-"""The package's layout: sizes of modules and classes, and the direction of imports (README, file tree)."""
+"""The size of the house, and the direction of its imports."""
 
 import ast
 import subprocess
 import sys
+from dataclasses import fields
 from functools import cache
-from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from lerobot.configs import PreTrainedConfig
+
+from lerobot_vla0 import VLA0Config
 
 PACKAGE = ROOT / "lerobot_vla0"
-MODULES = sorted(PACKAGE.rglob("*.py"))
-# Which folders a folder may import from, besides itself and the root's modules. "" is the root.
-ALLOWED = {
-    "": {"decoding"},
-    "decoding": {"decoding"},
-    "libero": set(),
-    "training": {"libero"},
-    "convert": {"libero"},
-    "demo": {"libero"},
-    "bench": {"demo", "decoding", "libero"},
+# Lines of Python, docstrings included. A room that needs more has two ideas, or a library does it already.
+# Aimed at: 7,200 in the package, 3,000 in its root, 600 in bench, 9,000 in tests.
+BUDGETS = {
+    "lerobot_vla0": 7780,
+    "lerobot_vla0/*.py": 3300,
+    "lerobot_vla0/decoding": 1300,
+    "lerobot_vla0/training": 400,
+    "lerobot_vla0/convert": 700,
+    "lerobot_vla0/libero": 1250,
+    "lerobot_vla0/bench": 850,
+    "examples": 1400,
+    "tests": 10200,
 }
-# Imports inside functions that point up, with the reason at the place.
-EXCEPTIONS = {("modeling_vla0", "convert.card")}
 
 
-def name_of(path: Path) -> str:
-    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+@pytest.mark.parametrize("place", BUDGETS)
+def test_lines(place):
+    files = list(ROOT.glob(place)) if "*" in place else list((ROOT / place).rglob("*.py"))
+    assert 0 < sum(len(file.read_text().splitlines()) for file in files) <= BUDGETS[place]
 
 
-def folder_of(module: str) -> str:
-    return module.partition(".")[0] if (PACKAGE / module.partition(".")[0]).is_dir() else ""
+def test_fields_of_the_config():
+    inherited = {field.name for field in fields(PreTrainedConfig)}
+    assert len([field for field in fields(VLA0Config) if field.name not in inherited]) <= 40
 
 
 @cache
-def imports_of(path: Path) -> set[str]:
-    """Modules of this package that a module imports, anywhere in it, as dotted names below the package."""
-    known, found = {name_of(p) for p in MODULES}, set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if not isinstance(node, ast.ImportFrom) or not node.level:
+def imports() -> dict[str, set[str]]:
+    """Room → the rooms that it imports. A room is a module of the root, or a folder."""
+    rooms: dict[str, set[str]] = {}
+    for file in PACKAGE.rglob("*.py"):
+        parts = file.relative_to(PACKAGE).with_suffix("").parts
+        if parts == ("__init__",):
             continue
-        base = path.relative_to(PACKAGE).parts[: len(path.relative_to(PACKAGE).parts) - node.level]
-        module = ".".join([*base, *filter(None, [node.module])])
-        for alias in node.names:
-            whole = f"{module}.{alias.name}".strip(".")
-            found.add(whole if whole in known else module)
-    return found - {""}
+        for node in ast.walk(ast.parse(file.read_text())):
+            if not isinstance(node, ast.ImportFrom) or not node.level:
+                continue
+            base = [*parts[: len(parts) - node.level], *(node.module or "").split(".")]
+            names = [base[0]] if base[0] else [alias.name for alias in node.names]
+            rooms.setdefault(parts[0], set()).update(set(names) - {parts[0]})
+        rooms.setdefault(parts[0], set())
+    # Needed by a push to the Hub only, and imported there.
+    rooms["modeling_vla0"].discard("convert")
+    return rooms
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_module_and_class_sizes(path):
-    text = path.read_text()
-    assert len(text.splitlines()) <= 330
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.ClassDef):
-            assert node.end_lineno - node.lineno + 1 <= 250, node.name
+def test_imports_point_down_in_at_most_eight_floors():
+    def floor(room: str, above: tuple[str, ...] = ()) -> int:
+        assert room not in above, f"circle: {' → '.join([*above, room])}"
+        return 1 + max((floor(other, (*above, room)) for other in imports()[room]), default=0)
 
-
-@pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_imports_point_down(path):
-    module = name_of(path)
-    if module in ("cli", "__init__"):
-        return
-    folder = folder_of(module)
-    for other in imports_of(path):
-        assert other != "cli", "nothing imports the command line"
-        if (module, other) in EXCEPTIONS:
-            continue
-        assert folder_of(other) in ALLOWED[folder] | {folder, ""}, f"{module} imports {other}"
-
-
-def test_floors_of_the_root():
-    """The longest chain of imports among the root's modules has at most five of them; there is no circle."""
-    graph = {name_of(p): imports_of(p) for p in MODULES}
-
-    @cache
-    def below(module: str) -> frozenset[str]:
-        """Root modules that a module imports, directly or through a folder's modules."""
-        found, todo = set(), [module]
-        while todo:
-            for other in graph[todo.pop()]:
-                if (module, other) in EXCEPTIONS:
-                    continue
-                if "." in other:
-                    todo.append(other)
-                elif other != module:
-                    found.add(other)
-        return frozenset(found)
-
-    def floor(module: str, above: tuple[str, ...] = ()) -> int:
-        assert module not in above, f"circle: {' → '.join([*above, module])}"
-        return 1 + max((floor(m, (*above, module)) for m in below(module)), default=0)
-
-    root = [m for m in graph if "." not in m and not (PACKAGE / m).is_dir() and m != "__init__"]
-    floors = {module: floor(module) for module in root}
-    assert max(floors.values()) <= 5, floors
+    floors = {room: floor(room) for room in imports()}
+    assert max(floors.values()) <= 8, floors
 
 
 @pytest.mark.slow
 def test_policy_needs_no_folder_that_only_some_users_need():
-    code = """
-import sys, lerobot_vla0.modeling_vla0
-print([n for n in sys.modules if n.startswith("lerobot_vla0.")])
-"""
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    loaded = ast.literal_eval(result.stdout.splitlines()[-1])
-    unwanted = ("training", "convert", "demo", "bench", "cli")
-    assert not [n for n in loaded if n.split(".")[1] in unwanted]
+    code = "import sys, lerobot_vla0.modeling_vla0; print(*[n for n in sys.modules if 'lerobot_vla0.' in n])"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    rooms = {name.split(".")[1] for name in loaded.split()}
+    assert not rooms & {"training", "convert", "bench", "cli"}
     # The config of --env.type=vla0_libero is registered, because LeRobot has imported its own; no more.
-    assert not {"lerobot_vla0.libero.env", "lerobot_vla0.libero.evaluate"} & set(loaded)
+    assert not {"lerobot_vla0.libero.pool", "lerobot_vla0.libero.evaluate"} & set(loaded.split())

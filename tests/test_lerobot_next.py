@@ -83,8 +83,7 @@ def test_only_the_main_process_writes_the_vlms_files(next_lerobot, tiny_vlm, tmp
     assert not (tmp_path / "checkpoint/vlm").exists()
 
 
-@pytest.mark.parametrize("settings", [{"n_action_steps": 4}, {"n_action_steps": 4, "stream": True},
-                                      {"n_action_steps": 2, "ensemble_size": 3}])  # fmt: skip
+@pytest.mark.parametrize("settings", [{"n_action_steps": 4}, {"n_action_steps": 2, "ensemble_size": 3}])
 def test_dropped_actions_are_decided_anew(settings, next_lerobot, tiny_vlm, processors):
     """As when a person gives another instruction in the middle of a chunk."""
     policy = make_policy(tiny_vlm, **settings)

@@ -1,10 +1,9 @@
 """The pool's own logic, with environments in threads; real processes: test_libero_evaluate.py."""
 
-import multiprocessing
-import os
-import threading
 import time
-from multiprocessing.connection import Connection
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from typing import ClassVar
 
 import av
@@ -20,7 +19,7 @@ class Walk:
     """An environment whose state is a sum of actions; episodes differ in length."""
 
     made: ClassVar[list[tuple[str, int]]] = []
-    drift = 0.0  # added to each step: a simulation that is not deterministic
+    drift = 0.0  # added to each step
 
     def __init__(self, suite, task_id, **settings):
         assert settings == {"image_size": 32}
@@ -52,29 +51,16 @@ class Walk:
         self.closed = True
 
 
-class Thread(threading.Thread):
-    """In place of a process."""
-
-    pid, exitcode = 123, -9
-
-    def __init__(self, target, args, daemon):
-        super().__init__(daemon=daemon)
-        self.target, self.settings = target, args[1]
-        self.pipe = Connection(os.dup(args[0].fileno()))  # a process has its own, too
-
-    def run(self):
-        with self.pipe:
-            self.target(self.pipe, self.settings)
-
-
 @pytest.fixture
 def threads(monkeypatch):
-    class Context:
-        Pipe, Process = staticmethod(multiprocessing.Pipe), Thread
-        set_forkserver_preload = staticmethod(lambda modules: None)
+    """In place of processes."""
 
-    monkeypatch.setattr(module.multiprocessing, "get_context", lambda method: Context)
+    def executor(workers, context, start, arguments):
+        return ThreadPoolExecutor(workers, initializer=start, initargs=arguments)
+
+    monkeypatch.setattr(module, "ProcessPoolExecutor", executor)
     monkeypatch.setattr(module.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(module, "end_with_parent", lambda: None)
     monkeypatch.setattr(module, "LiberoEnv", Walk)
     Walk.made, Walk.drift = [], 0.0
 
@@ -83,7 +69,7 @@ JOBS = [Job("suite", task, episode, episode % 4) for task in (0, 1) for episode 
 
 
 def act(observation, tasks, memories):
-    """Depends on observation, instruction and what happened in the episode before."""
+    """Depends on observation, instruction and the episode so far."""
     chunks = []
     for state, task, memory in zip(observation["agent_pos"], tasks, memories, strict=True):
         memory.append(state)
@@ -92,11 +78,8 @@ def act(observation, tasks, memories):
 
 
 def play(size, jobs=JOBS, act=act, **options):
-    pool = EnvironmentPool(size, image_size=32)
-    try:
+    with closing(EnvironmentPool(size, image_size=32)) as pool:
         return {result.job: result for result in pool.play(jobs, lambda job: [], act, **options)}
-    finally:
-        pool.close()
 
 
 def test_results_do_not_depend_on_the_number_of_environments(threads):
@@ -107,14 +90,10 @@ def test_results_do_not_depend_on_the_number_of_environments(threads):
             alone = results[1][job]
             assert (result.task, result.success, result.steps) == (alone.task, alone.success, alone.steps)
             assert np.array_equal(result.actions, alone.actions) and len(result.actions) == result.steps
+    assert Walk.made[:2] == [("suite", 0), ("suite", 1)]  # one environment per task, one after the other
     alone = results[1].values()
     assert {result.success for result in alone} == {True, False}
     assert len({result.steps for result in alone}) > 3 and any(result.steps % 4 for result in alone)
-
-
-def test_two_tasks_take_two_environments_one_after_the_other(threads):
-    play(1)
-    assert Walk.made == [("suite", 0), ("suite", 1)]
 
 
 def test_the_policy_is_asked_for_all_that_wait(threads):
@@ -135,7 +114,7 @@ def test_videos_are_the_episodes_played_again(threads, tmp_path):
     for job, result in play(1, JOBS[:3]).items():
         with av.open(str(tmp_path / f"{job.episode}.mp4")) as video:
             frames = list(video.decode(video=0))
-        assert len(frames) == result.steps + 1 and (frames[0].width, frames[0].height) == (512, 324)
+        assert len(frames) == result.steps + 1 and (frames[0].width, frames[0].height) == (64, 32)
 
 
 def test_a_replay_that_ends_differently_says_so(threads, tmp_path):
@@ -147,29 +126,17 @@ def test_a_replay_that_ends_differently_says_so(threads, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [f"episode{DIFFERS}.mp4"]
 
 
-def test_errors_of_an_environment_name_the_episode(threads, monkeypatch):
-    monkeypatch.setattr(Walk, "step_chunk", lambda self, actions: 1 / 0)
-    message = "the environment of suite, task 0, episode 0 failed: ZeroDivisionError: division by zero"
-    with pytest.raises(RuntimeError, match=message):
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ZeroDivisionError("oh"), "failed: ZeroDivisionError: oh"),
+        (BrokenProcessPool(), "died, maybe killed because memory was short; then lower --batch_size"),
+    ],
+)
+def test_errors_of_an_environment_name_the_episode(threads, monkeypatch, error, message):
+    def fail(self, actions):
+        raise error
+
+    monkeypatch.setattr(Walk, "step_chunk", fail)
+    with pytest.raises(RuntimeError, match=f"the environment of suite, task 0, episode 0 {message}"):
         play(1)
-
-
-def test_a_process_that_dies(threads, monkeypatch):
-    def die(self, actions):
-        raise SystemExit
-
-    monkeypatch.setattr(Walk, "step_chunk", die)
-    monkeypatch.setattr(module, "CLOSE_SECONDS", 0.1)
-    with pytest.raises(RuntimeError, match=r"episode 0 died: its process 123 ended with exit code -9"):
-        play(1)
-
-
-def test_a_video_is_given_up_when_nobody_waits(threads, tmp_path):
-    """As after the evaluation was killed, when the pipe's other end is closed."""
-    ours, theirs = multiprocessing.Pipe()
-    player = module._Player({"image_size": 32}, lost=theirs.poll)
-    ours.close()
-    result = module.Result(JOBS[0], "task", False, 30, np.zeros((30, 7), np.float32))
-    with pytest.raises(EOFError):
-        player.film(result, tmp_path / "a.mp4")
-    assert os.listdir(tmp_path) == []

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from lerobot_vla0 import loss
-from lerobot_vla0.loss import integer_error, linear_cross_entropy
+from lerobot_vla0.loss import LinearCrossEntropy, integer_error
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def test_equals_pytorchs_cross_entropy_and_its_gradients(example, chunk, dtype, 
     for ours in (True, False):
         h, w = (t.to(dtype).requires_grad_() for t in (hidden, weight))
         if ours:
-            losses, predicted, chosen = linear_cross_entropy(h, w, targets, choices)
+            losses, predicted, chosen = LinearCrossEntropy.apply(h, w, targets, choices)
             assert not predicted.requires_grad and not chosen.requires_grad
         else:
             logits = (h @ w.T).float()
@@ -38,41 +38,29 @@ def test_equals_pytorchs_cross_entropy_and_its_gradients(example, chunk, dtype, 
         torch.testing.assert_close(a, b, **tolerance)
 
 
-def test_gradients_that_nobody_needs_are_not_computed(example):
-    """A frozen head (adapters), and no gradient at all (evaluation loss)."""
+def test_saves_no_logits_and_computes_no_gradient_of_a_frozen_head(example):
     hidden, weight, targets = example
-    hidden.requires_grad_()
-    linear_cross_entropy(hidden, weight, targets, torch.tensor([0]))[0].mean().backward()
+    hidden, sizes = hidden.clone().requires_grad_(), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+        losses, *_ = LinearCrossEntropy.apply(hidden, weight, targets, torch.tensor([0]))
+    losses.mean().backward()
     assert hidden.grad is not None and weight.grad is None
-    with torch.no_grad():
-        assert not linear_cross_entropy(hidden, weight, targets, torch.tensor([0]))[0].requires_grad
-
-
-def test_never_holds_all_logits(example):
-    """What is kept for the backward pass does not grow with positions × vocabulary."""
-    hidden, weight, targets = (t.clone() for t in example)
-    hidden.requires_grad_()
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
-        linear_cross_entropy(hidden, weight, targets, torch.tensor([0]))
-    assert kept and max(kept) < len(hidden) * len(weight)
+    assert sizes and max(sizes) < len(hidden) * len(weight)
 
 
 def test_no_position():
     """A batch whose timesteps are all padding."""
-    hidden = torch.zeros(0, 4, requires_grad=True)
-    losses, *_ = linear_cross_entropy(
-        hidden, torch.ones(9, 4), torch.zeros(0, dtype=torch.long), torch.arange(2)
-    )
+    hidden, targets = torch.zeros(0, 4, requires_grad=True), torch.zeros(0, dtype=torch.long)
+    losses, *_ = LinearCrossEntropy.apply(hidden, torch.ones(9, 4), targets, torch.arange(2))
     losses.sum().backward()
     assert losses.shape == (0,) and hidden.grad.shape == (0, 4)
 
 
 def test_integer_error():
-    """Digits off by known amounts; an integer with a hidden digit does not count."""
+    """Digits off by known amounts; an integer with a masked digit does not count."""
     supervised = torch.tensor([[True, True, True, True, True, True, False, True]])
     places = torch.tensor([[100, 10, 1, 0, 1, 0, 10, 1]])
-    # 407 predicted as 309, 9 as 9, a hidden digit and 2 as 0; at a space any.
+    # 407 predicted as 309, 9 as 9, a masked digit and 2 as 0; at a space any.
     digits = torch.tensor([3 - 4, 0, 9 - 7, 5, 0, 1, 0 - 2])
     assert integer_error(digits, supervised, places) == pytest.approx((98 + 0) / 2)
     assert integer_error(digits[:0], torch.zeros_like(supervised), places) == 0.0

@@ -45,7 +45,7 @@ register_third_party_plugins()
             pytest.param(first + REGISTRIES, marks=pytest.mark.slow)
             for first in (
                 "import lerobot_vla0",
-                "import lerobot_vla0.task_stats",
+                "import lerobot_vla0.processor_vla0",
                 "import lerobot_vla0.libero.env",
                 "import lerobot_vla0.modeling_vla0",
                 "from lerobot.processor import ProcessorStepRegistry; import lerobot_vla0",
@@ -122,7 +122,7 @@ import lerobot_vla0
 for module in pkgutil.iter_modules(lerobot_vla0.__path__):
     importlib.import_module(f"lerobot_vla0.{module.name}")
 # Nor may these: mujoco chooses how to render when it is first imported, and MUJOCO_GL must be set before.
-for name in ("bench.eval", "demo.expert", "demo.record", "demo.record_gym", "libero.simulator"):
+for name in ("bench.eval", "libero.simulator"):
     importlib.import_module(f"lerobot_vla0.{name}")
 """
     run_python(code)

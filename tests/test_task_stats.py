@@ -12,9 +12,9 @@ from conftest import TASKS, make_batch, make_config, observation
 from lerobot.configs import NormalizationMode
 from lerobot.policies.factory import make_pre_post_processors
 
+from lerobot_vla0.dataset import TASK_RANGE, to_data_set_bins
 from lerobot_vla0.modeling_vla0 import VLA0Policy
 from lerobot_vla0.processor_vla0 import ACTION_CLIPPED, make_vla0_pre_post_processors
-from lerobot_vla0.task_stats import PREFIX, TASK_RANGE, spanned_bins, to_data_set_bins
 
 DIM = 7
 
@@ -84,24 +84,21 @@ def test_decoding_inverts_encoding_by_the_rows_own_task(policy, config, meta, mo
     shown = pre(dict(batch))
     assert (shown[ACTION_CLIPPED] == 0).all() and shown[TASK_RANGE].shape == (3, 2, DIM)
     seen = pre(observation(batch))  # as in evaluation, without actions
-    errors = []
-    for step in range(8):
-        actions = post(to_data_set_bins(shown["action"][:, step].float(), seen[TASK_RANGE], 1000))
-        errors.append((actions - batch["action"][:, step]).abs())
+    errors = post(to_data_set_bins(shown["action"].float(), seen[TASK_RANGE], 1000)) - batch["action"]
     widths = torch.stack([torch.from_numpy(np.ptp(meta.actions[meta.index == i], 0)) for i in range(3)])
-    assert (torch.stack(errors).amax(0) <= widths / 1000 / 2 + 1e-5).all()
+    assert (errors.abs().amax(1) <= widths / 1000 / 2 + 1e-5).all()
 
 
 def test_integers_of_a_task_are_bins_of_the_data_set():
     """The first row's task spans a quarter to a half of the data set's range, the second's all of it."""
-    integers = torch.tensor([[0, 50, 100], [0, 50, 100]])
+    integers = torch.tensor([[[0, 50, 100]], [[0, 50, 100]]])
     ranges = torch.tensor([[-0.5, 0.0], [-1.0, 1.0]])[..., None].expand(2, 2, 3)
-    assert to_data_set_bins(integers, ranges, 100).tolist() == [[25.0, 37.5, 50.0], [0.0, 50.0, 100.0]]
+    assert to_data_set_bins(integers, ranges, 100).tolist() == [[[25.0, 37.5, 50.0]], [[0.0, 50.0, 100.0]]]
     assert to_data_set_bins(integers, None, 100) is integers
 
 
 def test_the_policys_paths_agree(policy, config, meta):
-    """select_action, its queue and streaming give the chunk's actions of each row's task."""
+    """select_action and its queue give the chunk's actions of each row's task."""
     pre, post = make_vla0_pre_post_processors(config, meta.stats)
     seen = pre(observation(batch_of(meta)))
     integers = policy.predict_action_chunk(
@@ -137,8 +134,8 @@ def test_unknown_instruction_takes_the_data_sets_range_with_one_warning(policy, 
     expected = plain(dict(batch))["action"]
     assert torch.equal(first["action"][::2], expected[::2])
     assert not torch.equal(first["action"][1], expected[1])
-    integers = torch.arange(1001.0)[:, None, None].expand(-1, 3, 7)
-    assert torch.equal(to_data_set_bins(integers, first[TASK_RANGE], 1000)[:, ::2], integers[:, ::2])
+    integers = torch.arange(1001.0)[:, None].expand(3, -1, 7)
+    assert torch.equal(to_data_set_bins(integers, first[TASK_RANGE], 1000)[::2], integers[::2])
 
 
 def test_save_load_and_another_data_set(policy, config, meta, tmp_path):
@@ -178,36 +175,5 @@ def test_save_load_and_another_data_set(policy, config, meta, tmp_path):
     batch = {**batch_of(new, 2), "task": ["juggle", "dance"]}
     out = pre(dict(batch))
     assert out["action"].amin() == 0 and (out[ACTION_CLIPPED] == 0).all()
-    bins = [to_data_set_bins(out["action"][:, i], out[TASK_RANGE], 1000) for i in range(8)]
-    actions = post(torch.stack(bins, 1))
+    actions = post(to_data_set_bins(out["action"], out[TASK_RANGE], 1000))
     torch.testing.assert_close(actions, batch["action"], rtol=0, atol=2e-3)
-
-
-def test_how_many_integers_tasks_span(policy, meta, caplog, config):
-    spans = spanned_bins(meta.stats, ("min", "max"), 1000)
-    low, high = meta.actions.min(0), meta.actions.max(0)
-    for i in range(3):
-        own = meta.actions[meta.index == i]
-        expected = 1000 * (own.max(0) - own.min(0))[:6] / (high - low)[:6]
-        np.testing.assert_allclose(spans[i, :6], expected, rtol=1e-5)
-    assert (spans[:, 6] == 0).all()
-    with caplog.at_level(logging.INFO):
-        VLA0Policy(config, dataset_meta=meta)
-    assert f"would span {np.round(spans.mean(0)).astype(int).tolist()}" in caplog.text
-
-
-def test_bad_input(config, meta, policy, tmp_path):
-    pre, _ = make_vla0_pre_post_processors(config, meta.stats)
-    batch = batch_of(meta)
-    batch.pop("task")
-    with pytest.raises(ValueError, match="action_norm='task' needs the instruction"):
-        pre(batch)
-    stats = {k: v for k, v in meta.stats.items() if not k.startswith(PREFIX)}
-    with pytest.raises(ValueError, match="needs the statistics of each task in dataset_stats"):
-        make_vla0_pre_post_processors(config, stats)
-    meta.root = tmp_path / "streamed"
-    with pytest.raises(ValueError, match="holds none .is it streamed"):
-        VLA0Policy(config, dataset_meta=meta)
-    policy.save_pretrained(tmp_path / "checkpoint")
-    with pytest.raises(ValueError, match="action_norm='dataset' differs from the checkpoint's 'task'"):
-        VLA0Policy.from_pretrained(tmp_path / "checkpoint", config=make_config("vlm"))

@@ -28,7 +28,8 @@ from transformers import (
     SmolVLMVideoProcessor,
 )
 
-from lerobot_vla0.demo import tiny_vlm
+from lerobot_vla0.bench.random_vlm import make_processor
+from lerobot_vla0.chat import SYSTEM_PROMPT
 
 # Pictures that each takes as they are: the side in pixels, and whether cameras can stand side by side.
 PICTURES = {
@@ -40,15 +41,12 @@ PICTURES = {
 }
 FAMILIES = tuple(PICTURES)
 TEXT = {
-    "vocab_size": 640,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 4096,
+    "vocab_size": 640, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096,
     "tie_word_embeddings": True,
-}
+}  # fmt: skip
+VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+CORPUS = [SYSTEM_PROMPT, "system user assistant State pick up the milk and place it in the basket"]
 MROPE = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}
 
 
@@ -77,17 +75,16 @@ CHATML_INTERNVL = (
 )
 
 
-def _qwen_tokenizer(template: str, **extra: str) -> PreTrainedTokenizerFast:
-    special = [*tiny_vlm.SPECIAL_TOKENS, *extra.values()]
-    raw = tiny_vlm._train_tokenizer()
+def _qwen_tokenizer(template: str | None = None, **extra: str) -> PreTrainedTokenizerFast:
+    qwen = make_processor().tokenizer
+    raw = qwen.backend_tokenizer
     raw.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in extra.values()])
     return PreTrainedTokenizerFast(
         tokenizer_object=raw,
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
-        additional_special_tokens=special,
         extra_special_tokens=extra or None,
-        chat_template=template,
+        chat_template=template or qwen.chat_template,
     )
 
 
@@ -102,7 +99,7 @@ def _qwen_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
 
 
 def _qwen2_vl():
-    tokenizer = _qwen_tokenizer(tiny_vlm.CHAT_TEMPLATE)
+    tokenizer = _qwen_tokenizer()
     processor = Qwen2VLProcessor(
         image_processor=Qwen2VLImageProcessor(),
         tokenizer=tokenizer,
@@ -119,7 +116,7 @@ def _qwen2_vl():
 
 
 def _qwen3_vl():
-    tokenizer = _qwen_tokenizer(tiny_vlm.CHAT_TEMPLATE)
+    tokenizer = _qwen_tokenizer()
     # The settings of Qwen3-VL's preprocessor_config.json.
     image_processor = Qwen2VLImageProcessor(
         patch_size=16, merge_size=2, image_mean=[0.5] * 3, image_std=[0.5] * 3
@@ -163,13 +160,9 @@ def _internvl():
         image_seq_length=4,
         chat_template=CHATML_INTERNVL,
     )
-    vision = {
-        "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
-        "image_size": [56, 56], "patch_size": [14, 14],
-    }  # fmt: skip
     config = InternVLConfig(
         text_config={"model_type": "qwen2", **TEXT},
-        vision_config=vision,
+        vision_config={**VISION, "image_size": [56, 56], "patch_size": [14, 14]},
         image_token_id=tokenizer.context_image_token_id,
         image_seq_length=4,
         tie_word_embeddings=True,
@@ -200,7 +193,7 @@ def _smolvlm():
     raw.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, show_progress=False)
-    raw.train_from_iterator(tiny_vlm.CORPUS * 10, trainer)
+    raw.train_from_iterator(CORPUS * 10, trainer)
     extra = {
         "image_token": "<image>",
         "fake_image_token": "<fake_token_around_image>",
@@ -227,13 +220,9 @@ def _smolvlm():
         image_seq_len=4,
         chat_template=SMOLVLM_TEMPLATE,
     )
-    vision = {
-        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "image_size": 64, "patch_size": 16,
-    }  # fmt: skip
     config = SmolVLMConfig(
         text_config={"model_type": "llama", **TEXT, "head_dim": 16},
-        vision_config=vision,
+        vision_config={**VISION, "image_size": 64, "patch_size": 16},
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         scale_factor=2,
         tie_word_embeddings=True,
@@ -274,7 +263,7 @@ def _gemma3():
     trainer = trainers.BpeTrainer(
         vocab_size=600, initial_alphabet=printable, special_tokens=special, show_progress=False
     )
-    raw.train_from_iterator(tiny_vlm.CORPUS * 10, trainer)
+    raw.train_from_iterator(CORPUS * 10, trainer)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=raw,
         eos_token="<eos>",
@@ -295,10 +284,6 @@ def _gemma3():
         chat_template=GEMMA_TEMPLATE,
         image_seq_length=4,
     )
-    vision = {
-        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "image_size": 56, "patch_size": 14, "vision_use_head": False,
-    }  # fmt: skip
     config = Gemma3Config(
         text_config={
             **TEXT,
@@ -307,7 +292,7 @@ def _gemma3():
             "sliding_window": 48,  # shorter than a prompt
             "layer_types": ["sliding_attention", "full_attention"],
         },
-        vision_config=vision,
+        vision_config={**VISION, "image_size": 56, "patch_size": 14, "vision_use_head": False},
         mm_tokens_per_image=4,
         boi_token_index=tokenizer.boi_token_id,
         eoi_token_index=tokenizer.eoi_token_id,

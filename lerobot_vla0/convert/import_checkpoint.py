@@ -1,5 +1,11 @@
-"""`lerobot-vla0 import`: checkpoints of the other implementations of VLA-0 (import_peer.py), and folders that
-`lerobot-vla0 export` wrote, as checkpoints of this package. Any other layout is refused."""
+"""`lerobot-vla0 import`: folders of the other implementations of VLA-0, and exports, as checkpoints.
+
+    NVlabs/vla0 (ankgoyal/vla0-libero)   model_last/, model_final/ or model_N/  config.yaml  dataset_stats.pkl
+    vla0-trl, TinyVLA                    final/ or checkpoint-N/  dataset_stats.json in it or beside it
+    lerobot-vla0 export                  the model's files  lerobot/
+
+vla0-trl and TinyVLA do not record how the model was trained: options say it, or their code's defaults count.
+"""
 
 import argparse
 import json
@@ -9,157 +15,210 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from lerobot.configs import PreTrainedConfig
-from safetensors.torch import save_file
+from huggingface_hub import snapshot_download
+from lerobot.configs import FeatureType, PolicyFeature
+from lerobot.utils.constants import ACTION
+from safetensors import safe_open
+from safetensors.torch import save_model
+from torch import nn
 
-from ..checkpoint import VLM_FOLDER, WEIGHTS, admit_processors, check_checkpoint
-from ..files import new_folder, read_json, reading
+from .. import checkpoint
+from ..checkpoint import ADAPTER_CONFIG, VLM_FOLDER, WEIGHTS
+from ..configuration_vla0 import VLA0Config
+from ..dataset import check_action_statistics
+from ..files import new_folder, not_found, read_json, reading, weight_files
 from .card import make_card
-from .export import ACTION_SPEC, SPEC_VERSION
-from .import_nvlabs import LIBERO_CAMERAS, PeerOptions
-from .import_peer import import_peer
-from .weights import copy_weights, find_folder
+from .export import CHECKPOINT_FOLDER
+from .peer_files import LIBERO_CAMERAS, nvlabs_settings, read_stats
+
+DOWNLOADED = ["*.json", "*.safetensors", "*.yaml", "dataset_stats.pkl", "*.jinja", "*merges.txt"]
+STATISTICS = ("dataset_stats.pkl", "dataset_stats.json")
+# safetensors' names of the types of weights.
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+# Settings of vla0-trl's and TinyVLA's code, which options replace.
+DEFAULTS = {
+    "cameras": list(LIBERO_CAMERAS.values()), "chunk_size": 8, "num_bins": 1000, "image_size": 224,
+    "crop_ratio": 0.875, "add_vision_id": False,
+}  # fmt: skip
+CAMERA = PolicyFeature(FeatureType.VISUAL, (3, 256, 256))  # LIBERO's in all three codes
 
 
-def main(argv: list[str]) -> None:
-    """Parses the command line and imports. By argparse: draccus names options after fields, and `from` is a
-    keyword of Python."""
-    parser = argparse.ArgumentParser(
-        prog="lerobot-vla0 import",
-        description="Import a checkpoint of NVlabs/vla0, vla0-trl or TinyVLA, or a folder that "
-        "`lerobot-vla0 export` wrote.",
-        allow_abbrev=False,
-    )
-    parser.add_argument(
+def parse(argv: list[str]) -> argparse.Namespace:
+    """By argparse: draccus names options after fields, and `from` cannot be one."""
+    parser = argparse.ArgumentParser("lerobot-vla0 import", description=__doc__.partition("\n")[0])
+    add = parser.add_argument
+    add(
         "--from",
         dest="source",
         required=True,
-        help="folder or Hub repo: the run, or the model's folder in it; NVlabs' run/model_last.pth means "
-        "run/model_last",
+        help="folder or Hub repo: the run, or the model's folder in it",
     )
-    parser.add_argument("--out", required=True, type=Path, help="folder to write")
-    parser.add_argument("--stats", type=Path, help="dataset_stats.pkl or .json, where it lies elsewhere")
-    parser.add_argument("--revision", help="commit, branch or tag of the Hub repo")
-    parser.add_argument(
-        "--base",
-        help="of a LoRA adapter: folder or Hub repo of the model that it was trained on (default: what its "
-        "adapter_config.json names)",
-    )
-    parser.add_argument(
-        "--data_config", type=Path, help="of NVlabs/vla0: the data's YAML that config.yaml names (cfg_path)"
-    )
-    parser.add_argument(
-        "--add_vision_id",
-        type=yaml_value,
-        help='true or false: whether "Picture 1: " stands before the picture (default: as the model was '
-        "trained, which config.yaml and the version of Transformers tell)",
-    )
-    parser.add_argument(
-        "--cameras",
-        type=yaml_value,
-        help="image keys in the order that the model was trained on (default: LIBERO's, "
-        f"'[{', '.join(LIBERO_CAMERAS.values())}]')",
-    )
-    unsaid = "; vla0-trl and TinyVLA do not record it (default: their code's, {})"
-    parser.add_argument("--chunk_size", type=int, help="timesteps per prediction" + unsaid.format(8))
-    parser.add_argument("--num_bins", type=int, help="largest integer" + unsaid.format(1000))
-    parser.add_argument("--image_size", type=int, help="pixels per camera" + unsaid.format(224))
-    parser.add_argument("--crop_ratio", type=float, help="share of a picture kept" + unsaid.format(0.875))
-    import_checkpoint(**vars(parser.parse_args(argv)))
+    add("--out", required=True, type=Path, help="folder to write")
+    add("--revision", help="commit, branch or tag of the Hub repo")
+    add("--stats", type=Path, help=f"{' or '.join(STATISTICS)}, if it is elsewhere")
+    add("--base", help="what a LoRA adapter was trained on (default: as its adapter_config.json says)")
+    add("--data_config", type=Path, help="NVlabs/vla0's YAML of the data, which config.yaml names")
+    text = 'whether the model saw "Picture 1: " in training; Transformers before 4.52 left it out'
+    add("--add_vision_id", type=json.loads, choices=[True, False], metavar="BOOL", help=text)
+    text = "[first, second]: image keys in the order of training (default: LIBERO's)"
+    add("--cameras", type=lambda text: text.strip("[] ").replace(",", " ").split(), help=text)
+    add("--chunk_size", type=int, help="timesteps per prediction")
+    add("--num_bins", type=int, help="largest integer")
+    add("--image_size", type=int, help="pixels per camera")
+    add("--crop_ratio", type=float, help="share of a picture's sides that is cropped out")
+    return parser.parse_args(argv)
 
 
-def yaml_value(text: str) -> Any:
-    """A value of the command line; argparse shows this function's name where it is none."""
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError from error
-
-
-def import_checkpoint(source: str, out: Path, *, revision: str | None = None, **options: Any) -> Path:
-    """Writes the checkpoint, processors included, to `out` and returns it. Weights keep their type.
-
-    Args:
-        source: folder or Hub repo, a run or the model's folder in it.
-        out: a folder that is not there, or empty.
-        revision: commit, branch or tag of the Hub repo.
-        options: see PeerOptions.
+def main(argv: list[str]) -> None:
+    """Writes a checkpoint, processors included. Weights keep their type.
 
     Raises:
-        FileExistsError: `out` exists and is not empty.
-        FileNotFoundError: nothing is there, or weights, statistics or config.yaml are missing.
-        ValueError: a layout that is none of the four, a setting that this package does not have, or weights
-            that do not fit the model's config.
+        FileExistsError: `--out` exists and is not empty.
+        FileNotFoundError: model, weights, statistics, config.yaml or an adapter's base are missing.
+        ValueError: a setting that this package does not have, or weights or statistics that do not fit.
     """
-    peer, cameras, vision_id = PeerOptions(**options), options.get("cameras"), options.get("add_vision_id")
-    if cameras is not None and not (isinstance(cameras, list) and all(isinstance(c, str) for c in cameras)):
-        raise ValueError(f"--cameras={cameras!r} is not allowed: it must be a list, '[first, second]'.")
-    if not (vision_id is None or isinstance(vision_id, bool)):
-        raise ValueError(f"--add_vision_id={vision_id!r} is not allowed: it must be true or false.")
-    with new_folder(out) as part:
-        folder = _find(source, revision)
-        if (folder / ACTION_SPEC).is_file():
-            for name, value in vars(peer).items():
-                if value is not None:
-                    raise ValueError(
-                        f"--{name} does not apply here: {folder / ACTION_SPEC} records how the model was "
-                        "trained. Leave it out."
-                    )
-            with reading(folder / ACTION_SPEC):
-                _import_exported(folder, part)
-            admit_processors(part)
-            shutil.copyfile(folder / "tokenizer.json", part / VLM_FOLDER / "tokenizer.json")
-            copy_weights(folder, part / WEIGHTS)
-            message, imported = "Imported an exported checkpoint.", None
+    options = parse(argv)
+    settings = {name: getattr(options, name) for name in DEFAULTS if getattr(options, name) is not None}
+    with new_folder(options.out) as out:
+        # NVlabs names a model by the small file beside its folder: run/model_last.pth.
+        folder = find_folder(options.source.removesuffix(".pth"), options.revision, "--from")
+        if (folder / CHECKPOINT_FOLDER).is_dir():
+            if settings:
+                raise ValueError(f"{settings}: an export records how the model was trained. Leave it out.")
+            shutil.copytree(folder / CHECKPOINT_FOLDER, out, dirs_exist_ok=True)
+            save_weights(load_model(folder), out)
+            origin = "an export"
         else:
-            imported = import_peer(folder, peer, part)
-            message = imported.message
-        saved = PreTrainedConfig.from_pretrained(part)
-        check_checkpoint(part, saved, saved)
-        if imported is not None:
-            card = make_card(saved, {}, imported.stats, imported=imported.origin)
-            (part / "README.md").write_text(str(card))
-    print(f"{message}\nWrote {out}")
-    return Path(out)
+            origin = import_peer(folder, options, settings, out)
+        found = checkpoint.find_checkpoint(out)
+        saved = found.config
+        checkpoint.check_checkpoint(found, saved)
+        (out / "README.md").write_text(str(make_card(saved, {}, origin=origin)), encoding="utf-8")
+    print(f"Imported {origin}\nWrote {options.out}")
 
 
-def _find(source: str, revision: str | None) -> Path:
-    """As `find_folder`. NVlabs/vla0 names a model by the small file beside its folder: run/model_last.pth."""
-    if not source.endswith(".pth"):
-        return find_folder(source, revision, "--from")
-    folder = Path(source).with_suffix("")
-    if not folder.is_dir():
-        raise FileNotFoundError(
-            f"--from={source!r}: the model's folder {folder} is not there. The .pth file holds no weights: "
-            "copy the folder beside it, too."
-        )
-    return folder.resolve()
+def import_peer(folder: Path, options: argparse.Namespace, overrides: dict[str, Any], out: Path) -> str:
+    """Writes the checkpoint of a model of another code into `out` and returns a line about its origin."""
+    # Imported here: transformers takes seconds, and `--help` must not.
+    from ..processor_vla0 import make_vla0_pre_post_processors
+    from ..vlm import load_processor, save_vlm
 
-
-def _import_exported(folder: Path, out: Path) -> None:
-    """Undoes `lerobot-vla0 export`. action_spec.json holds the files of the checkpoint that Transformers'
-    folder does not."""
-    spec = read_json(folder / ACTION_SPEC)
-    version, files, state = spec["spec_version"], spec["checkpoint"]["files"], spec["checkpoint"]["state"]
-    if version > SPEC_VERSION:
+    model_folder = find_model(folder)
+    near = [model_folder, model_folder.parent]
+    stats_file = options.stats or next(
+        filter(Path.is_file, (path / n for path in near for n in STATISTICS)), None
+    )
+    if stats_file is None:
+        raise FileNotFoundError(f"{folder} has no {' or '.join(STATISTICS)}: name it with --stats=<file>.")
+    stats = read_stats(stats_file)
+    config_file = next(filter(Path.is_file, (path / "config.yaml" for path in near)), None)
+    if config_file is not None:
+        code, version = "NVlabs/vla0", read_json(model_folder / "config.json").get("transformers_version")
+        with reading(config_file):
+            dim, settings, reason = nvlabs_settings(config_file, version, options.data_config)
+    elif stats_file.suffix == ".json":
+        code, dim, settings, reason = "vla0-trl or TinyVLA", len(stats["min"]), DEFAULTS, "the code's default"
+    else:
+        raise FileNotFoundError(f"{folder} has no config.yaml, which says how the model was trained.")
+    settings = settings | overrides
+    reason = "as --add_vision_id says" if "add_vision_id" in overrides else reason
+    unknown = [name for name, value in settings.items() if value is None]
+    if unknown:
         raise ValueError(
-            f"{folder / ACTION_SPEC} has spec_version {version}, this package reads up to {SPEC_VERSION}: "
-            "pip install -U lerobot_policy_vla0."
+            f"{config_file} does not tell {', '.join(unknown)}, or names cameras that are not LIBERO's. Say "
+            f"how the model was trained: --{unknown[0]}=<value>, or --data_config=<YAML of the data>."
         )
-    (out / VLM_FOLDER).mkdir()
-    for name, content in files.items():
-        _must_be("file of a checkpoint", rf"({VLM_FOLDER}/)?\w[\w.-]*\.json", name, folder)
-        (out / name).write_text(json.dumps(content, indent=2))
-    for name, tensors in state.items():
-        _must_be("file of a checkpoint", r"policy_\w[\w.-]*\.safetensors", name, folder)
-        values = {}
-        for key, saved in tensors.items():
-            _must_be("type of numbers", "float(16|32|64)|bfloat16|u?int(8|16|32|64)", saved["dtype"], folder)
-            values[key] = torch.tensor(saved["values"], dtype=getattr(torch, saved["dtype"]))
-        save_file(values, out / name)
+    if (model_folder / ADAPTER_CONFIG).is_file():
+        model, settings["vlm"] = load_merged(model_folder, options.base)
+    else:
+        model = load_model(model_folder)
+    processor = load_processor(model_folder)
+    # All codes save the number of pixels of a picture, so that wrong options are noticed.
+    pixels, size = processor.image_processor.size["shortest_edge"], settings["image_size"]
+    if settings.get("tile_images", True) and pixels != size * size * len(settings["cameras"]):
+        raise ValueError(
+            f"{model_folder} was made for pictures of {pixels} pixels, not for {len(settings['cameras'])} "
+            f"cameras of {size}×{size} side by side: correct --image_size or --cameras."
+        )
+    config = VLA0Config(
+        n_action_steps=settings["chunk_size"],
+        input_features=dict.fromkeys(settings["cameras"], CAMERA),
+        output_features={ACTION: PolicyFeature(FeatureType.ACTION, (dim,))},
+        push_to_hub=False,
+        dtype=str(model.dtype).removeprefix("torch."),
+        **settings,
+    )
+    check_action_statistics(config, {ACTION: stats}, str(stats_file))
+    for part in (config, *make_vla0_pre_post_processors(config, {ACTION: stats})):
+        part.save_pretrained(out)
+    save_weights(model, out)
+    save_vlm(model, processor, out / VLM_FOLDER)
+    return f"{model_folder.name} of {code}; add_vision_id={str(config.add_vision_id).lower()}, {reason}."
 
 
-def _must_be(what: str, pattern: str, name: str, folder: Path) -> None:
-    if len(name) > 200 or not re.fullmatch(pattern, name, re.ASCII):
-        raise ValueError(f"{folder / ACTION_SPEC} names {name[:200]!r}, which is no {what}.")
+def find_folder(source: str, revision: str | None, option: str) -> Path:
+    """A folder, or the download of a Hub repo. `option` named it."""
+    if Path(source).is_dir():
+        return Path(source).resolve()
+    try:
+        return Path(snapshot_download(source, revision=revision, allow_patterns=DOWNLOADED))
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(f"{option}={not_found(source, error)}") from error
+
+
+def find_model(run: Path) -> Path:
+    """The folder that Transformers or PEFT wrote: `run` itself, or the one in it that the three codes name;
+    of several model_N or checkpoint-N the last."""
+    steps = [path for path in run.iterdir() if re.fullmatch(r"(model_|checkpoint-)\d+", path.name)]
+    steps.sort(key=lambda path: int(re.split("[_-]", path.name)[1]), reverse=True)
+    for path in [run, run / "model_last", run / "model_final", run / "final", *steps]:
+        if (path / ADAPTER_CONFIG).is_file() or (path / "config.json").is_file():
+            return path
+    raise FileNotFoundError(
+        f"{run} holds no model: no config.json, also not in model_*, final or checkpoint-*."
+    )
+
+
+def load_model(folder: Path) -> nn.Module:
+    """The model on the CPU, in the type in which its weights are stored (float32 if there are several). It
+    knows shards and the names of earlier versions, but only warns if tensors do not fit."""
+    from transformers import AutoModelForImageTextToText
+
+    from ..vlm import read_config
+
+    stored = set()
+    for file in weight_files(folder):
+        with reading(file), safe_open(file, framework="pt") as tensors:
+            stored |= {tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
+    model, report = AutoModelForImageTextToText.from_pretrained(
+        folder,
+        config=read_config(folder),
+        dtype=DTYPES[stored.pop()] if len(stored) == 1 else torch.float32,
+        use_safetensors=True,
+        trust_remote_code=False,
+        ignore_mismatched_sizes=True,  # named below instead
+        output_loading_info=True,
+    )
+    wrong = [*report["missing_keys"], *report["unexpected_keys"], *(n for n, *_ in report["mismatched_keys"])]
+    # A head of its own although config.json ties it to the embeddings: the policy would not have it.
+    if model.config.tie_word_embeddings:
+        separate = model.get_output_embeddings().weight is not model.get_input_embeddings().weight
+        wrong += ["lm_head.weight"] * separate
+    if wrong:
+        raise ValueError(f"{folder}: weights are missing or do not fit config.json: {sorted(wrong)[:3]}.")
+    return model
+
+
+def load_merged(adapter: Path, base: str | None) -> tuple[nn.Module, str]:
+    """(model with a LoRA adapter merged into its base, name of the base). `base` is where that is now."""
+    saved = read_json(adapter / ADAPTER_CONFIG)
+    name, revision = saved.get("base_model_name_or_path") or base, saved.get("revision")
+    folder = find_folder(base or str(name), None if base else revision, "--base")
+    model = load_model(folder)
+    checkpoint.check_adapter(model, adapter, folder)
+    return checkpoint.import_peft().PeftModel.from_pretrained(model, adapter).merge_and_unload(), name
+
+
+def save_weights(model: nn.Module, out: Path) -> None:
+    # The policy holds the VLM as `model`.
+    save_model(nn.ModuleDict({"model": model}), str(out / WEIGHTS))

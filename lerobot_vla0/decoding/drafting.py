@@ -1,15 +1,16 @@
-"""Drafts for speculative decoding: guesses of an answer's next symbols. The decoder verifies every one, so a
+"""Drafts for speculative decoding: guesses of an answer's next symbols. The engine verifies every one, so a
 wrong guess costs time, never correctness.
 
 Robot actions are smooth: a timestep's integers are close to those of the timestep before. And a pass that
 rejects a symbol still yields what the model predicts *after* it. A model trained with masked actions depends
-little on its own numbers, so that it mostly predicts the same once the symbol is corrected: its predictions
-make a good next draft (Jacobi decoding, Santilli et al., 2023), and even a wrong draft is worth making.
+little on its own numbers, and mostly predicts the same once the symbol is corrected: its predictions make a
+good next draft (Jacobi decoding, Santilli et al., 2023), so that even a rejected draft pays.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .grammar import IntegerGrammar, PartialAnswer
+from ..action_text import IntegerGrammar, PartialAnswer
 
 # Where guesses come from: what the model predicted after a rejected symbol, the last answer for the same
 # timestep, the timestep before, the last two timesteps extrapolated. {source: (probability that a guess is
@@ -20,16 +21,16 @@ SOURCES = {
     "predicted": (0.5, 2, 0.97), "previous": (0.5, 10, 0.995), "copy": (0.4, 10, 0.995),
     "linear": (0.2, 10, 0.995),
 }  # fmt: skip
-MIDDLE = 0.02  # the same probability of the middle of the range, which is guessed where nothing is known
+NO_EVIDENCE = 0.02  # probability that the middle of the range is right, the guess where no source has data
 LOOK_BACK = 3  # timesteps of the answer on which sources are compared, besides all earlier evidence
-# From this acceptance rate on, a draft is worth making for the predictions after it, even if it is rejected.
+# From this acceptance rate on, a draft pays through the predictions after it, even if it is rejected.
 RELIABLE = 0.25
 
 
 @dataclass
 class AcceptanceRate:
     """Running means of how good the guesses of one source turn out to be. That depends on the policy and on
-    how often it looks, so all rows and episodes share them."""
+    how often it replans, so all rows and episodes share them."""
 
     score: float  # mean score, in 0..1, see `_score`
     right: float  # share of guesses that were right
@@ -49,16 +50,17 @@ def initial_rates() -> dict[str, AcceptanceRate]:
 
 
 class Drafter:
-    """Drafts the answers of one row, one answer after the other.
+    """Drafts one row's answer.
 
     Args:
         grammar: of the answers; its `count` is timesteps × dim.
         dim: integers per timestep (D).
         length: most symbols of a draft.
-        worth: in 0..1; an integer is drafted only if all drafted before it are right with at least this
-            estimated probability. Set it to the cost of one more symbol in a pass, relative to what an
-            accepted one saves.
+        token_cost: in 0..1, cost of one more symbol in a pass, relative to what an accepted one saves. An
+            integer is drafted only if all before it are right with at least this estimated probability.
         rates: of `initial_rates`, shared with other rows; None makes new ones.
+        previous: the last answer's integers, from this answer's first timestep on.
+        history: at most two timesteps before those.
     """
 
     def __init__(
@@ -66,21 +68,14 @@ class Drafter:
         grammar: IntegerGrammar,
         dim: int,
         length: int,
-        worth: float = 0.0,
+        token_cost: float = 0.0,
         rates: dict[str, AcceptanceRate] | None = None,
+        previous: Sequence[int] = (),
+        history: Sequence[int] = (),
     ) -> None:
-        self.grammar, self.dim, self.length, self.worth = grammar, dim, length, worth
+        self.grammar, self.dim, self.length, self.token_cost = grammar, dim, length, token_cost
         self.rates = initial_rates() if rates is None else rates
-        self.reset()
-
-    def reset(self) -> None:
-        """Forgets the last answer. Call when the next one is unrelated to it (a new episode)."""
-        self.previous: list[int] = []  # the last answer's integers, from the next answer's first timestep on
-        self.history: list[int] = []  # at most two timesteps before those
-        self.start()
-
-    def start(self) -> None:
-        """Call before each answer."""
+        self.previous, self.history = list(previous), list(history)
         self.counted = 0  # integers of the answer that the sources have been compared with
         # The model's predictions of integers, by index in the answer.
         self.predictions: dict[int, int] = {}
@@ -90,23 +85,14 @@ class Drafter:
         # the digits after it as close to the draft as possible.
         self.corrected: tuple[int, int] | None = None
 
-    def remember(self, integers: list[int], executed: int) -> None:
-        """Keeps an answer as a source for the next one, which begins `executed` timesteps later."""
-        past = (self.history + integers[: executed * self.dim])[-2 * self.dim :]
-        self.history, self.previous = past, integers[executed * self.dim :]
-
-    def expect(self, integers: list[int]) -> None:
-        """Takes these for the last answer, from the next answer's first timestep on."""
-        self.history, self.previous = [], integers
-
     def draft(self, answer: PartialAnswer, needed: int) -> list[int]:
         """Symbols that may follow the answer: at most `length`, and not beyond `needed` integers."""
         self._count(answer.integers)
-        reliable = self.rates["predicted"].score >= max(RELIABLE, self.worth)
+        reliable = self.rates["predicted"].score >= max(RELIABLE, self.token_cost)
         answer, symbols, reached = answer.copy(), [], 1.0
         while len(symbols) < self.length and len(answer.integers) < needed:
             guess, probability = self._guess(answer.integers)
-            if not reliable and (reached < self.worth or probability <= MIDDLE):
+            if not reliable and (reached < self.token_cost or probability <= NO_EVIDENCE):
                 break
             spelled = self.grammar.spell(self.grammar.nearest(guess, answer.value), answer)
             self.grammar.append(answer, *spelled)
@@ -115,7 +101,7 @@ class Drafter:
         return symbols[: self.length]
 
     def _count(self, integers: list[int]) -> None:
-        """Compares what the sources said of the answer's new integers."""
+        """Updates the rates with the sources' guesses of the answer's new integers."""
         for index in range(self.counted, len(integers)):
             guesses = self._sources(index, integers)
             if index in self.unverified:
@@ -125,12 +111,12 @@ class Drafter:
         self.counted = len(integers)
 
     def learn(self, answer: PartialAnswer, draft: list[int], predicted: list[int]) -> None:
-        """Keeps the model's predictions of the integers in a verified draft.
+        """Stores the model's predictions of the integers in a verified draft.
 
         Args:
             answer: before the draft.
             draft: the drafted symbols.
-            predicted: the model's symbol in place of each of them; what comes after is ignored.
+            predicted: the model's symbol where each of them was drafted; further ones are ignored.
         """
         self.corrected, answer, begin = None, answer.copy(), 0
         accepted = next((i for i in range(len(draft)) if predicted[i] != draft[i]), len(draft))
@@ -164,11 +150,11 @@ class Drafter:
         # Where predictions after a rejected symbol are unreliable, only the replaced symbol itself counts.
         predicted = self.rates["predicted"].score
         if self.corrected and index == self.corrected[0]:
-            # The model has just seen all digits before the rejected one.
+            # The model has read all digits before the rejected one.
             if predicted < RELIABLE:
                 return self.corrected[1], self.rates["linear"].right
             return self.predictions[index], predicted
-        best = (0.0, MIDDLE, self.grammar.maximum // 2)  # mean score, share that was right, integer
+        best = (0.0, NO_EVIDENCE, self.grammar.maximum // 2)  # mean score, share that was right, integer
         for source, guess in self._sources(index, integers).items():
             # How good this source was so far, counted as one guess, and for the last timesteps of the same
             # dimension.
@@ -184,16 +170,18 @@ class Drafter:
         return best[2], best[1]
 
     def _sources(self, index: int, integers: list[int]) -> dict[str, int]:
-        """What all sources but the model's predictions say of the integer at `index`, as far as each has
-        data."""
-        known, place = self.history + integers, index + len(self.history)
+        """The guesses of the integer at `index` of all sources that have data, without the model's
+        predictions."""
+        known, position = self.history + integers, index + len(self.history)
         guesses = {}
         if index < len(self.previous):
             guesses["previous"] = self.previous[index]
-        if place >= self.dim:
-            guesses["copy"] = last = known[place - self.dim]
-            if place >= 2 * self.dim:
-                guesses["linear"] = min(max(2 * last - known[place - 2 * self.dim], 0), self.grammar.maximum)
+        if position >= self.dim:
+            guesses["copy"] = last = known[position - self.dim]
+            if position >= 2 * self.dim:
+                guesses["linear"] = min(
+                    max(2 * last - known[position - 2 * self.dim], 0), self.grammar.maximum
+                )
         return guesses
 
 

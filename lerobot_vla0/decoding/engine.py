@@ -10,29 +10,28 @@ from heuristics, not from a draft model). Drafts change the number of passes, ne
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 
+from ..action_text import IntegerGrammar, PartialAnswer
 from .drafting import Drafter
-from .grammar import IntegerGrammar, PartialAnswer
 
 
 class Model(Protocol):
     """A causal LM with a KV cache for R prompts. Both methods feed tokens and return logits of the grammar's
     symbols, (R, at least 1 + longest draft, 12): before a row's first drafted token, then after each of them.
-    Places beyond a row's own draft are not read."""
+    Logits beyond a row's own draft are not read."""
 
     def start(self, drafts: list[list[int]]) -> np.ndarray:
         """Feeds the prompts, each followed by its drafted tokens."""
 
-    def extend(self, kept: list[int], tokens: list[list[int]]) -> np.ndarray:
-        """Keeps in the cache the first `kept[r]` of the tokens last fed to row r, drops the others (rejected
-        drafts), and feeds `tokens[r]`: an accepted token that is not in the cache yet, then a draft. A row
-        without tokens is finished; its logits are not read."""
+    def extend(self, accepted: list[int], tokens: list[list[int]]) -> np.ndarray:
+        """Drops from the cache all but the first `accepted[r]` of the tokens last fed to row r, and feeds
+        `tokens[r]`: the model's choice after them, which is not in the cache yet, and a draft. A row without
+        tokens is finished; its logits are not read."""
 
 
 @dataclass
@@ -42,18 +41,12 @@ class Decoded:
 
     @property
     def integers(self) -> list[list[int]]:
-        """The complete integers of each of the R rows so far."""
+        """The complete integers of each of the R rows."""
         return [row.answer.integers for row in self.rows]
 
 
-def decode(model: Model, grammar: IntegerGrammar, rows: int, **settings: Any) -> Decoded:
-    """Decodes to the end. Arguments and errors are those of `decode_stream`."""
-    *_, decoded = decode_stream(model, grammar, rows, **settings)
-    return decoded
-
-
 @torch.inference_mode()
-def decode_stream(
+def decode(
     model: Model,
     grammar: IntegerGrammar,
     rows: int,
@@ -63,48 +56,34 @@ def decode_stream(
     prefixes: list[list[int]] | None = None,
     temperature: float = 0.0,
     generator: torch.Generator | None = None,
-) -> Iterator[Decoded]:
-    """Decodes and yields, after each forward pass, the same `Decoded` object with the answers so far.
+) -> Decoded:
+    """Decodes R answers.
 
     Args:
         model: the LM with R prompts.
         grammar: of the answers.
         rows: R, number of prompts.
         count: integers to decode per row; None decodes whole answers. The last pass may give a row more.
-        drafters: one per row, `start()`ed; None feeds one token per pass, even where the grammar leaves no
-            choice.
+        drafters: one per row; None feeds one token per pass, even where the grammar leaves no choice.
         prefixes: integers that each row's answer begins with, at most `count`; the model continues them. They
             are fed with the prompt and take no pass of their own.
         temperature: 0 takes the argmax; above 0 samples from softmax(logits / temperature) over the allowed
             symbols.
         generator: CPU random generator for sampling; None uses PyTorch's default one.
-
-    Raises:
-        ValueError: `count` or `temperature` out of range, or logits from which no symbol can be chosen.
     """
     needed = grammar.count if count is None else count
-    if not 1 <= needed <= grammar.count:
-        raise ValueError(f"count must be in 1..{grammar.count}, got {needed}.")
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature must be at least 0 and finite, got {temperature}.")
-    result = Decoded(
-        [
-            Row(grammar, needed, drafters[i] if drafters else None, prefixes[i] if prefixes else [])
-            for i in range(rows)
-        ]
-    )
+    drafters, prefixes = drafters or [None] * rows, prefixes or [[]] * rows
+    result = Decoded([Row(grammar, needed, *row) for row in zip(drafters, prefixes, strict=True)])
     if all(row.done for row in result.rows):
-        yield result
-        return
+        return result
     logits = model.start([row.tokens for row in result.rows])
     logits = [logits[i, len(row.symbols) :] for i, row in enumerate(result.rows)]  # behind each prefix
     while True:
         result.passes += 1
-        kept = [row.verify(logits[i], temperature, generator) for i, row in enumerate(result.rows)]
-        yield result
+        accepted = [row.verify(logits[i], temperature, generator) for i, row in enumerate(result.rows)]
         if all(row.done for row in result.rows):
-            return
-        logits = model.extend(kept, [row.tokens for row in result.rows])
+            return result
+        logits = model.extend(accepted, [row.tokens for row in result.rows])
 
 
 class Row:
@@ -117,8 +96,8 @@ class Row:
         self.answer, self.symbols = PartialAnswer(), []
         for integer in prefix:
             self._extend_answer(grammar.spell(integer, self.answer))
-        # Symbols of the answer that are not in the KV cache yet: the prefix; later, the model's own choice
-        # after the last draft.
+        # How many symbols of the answer are not in the KV cache yet: the prefix; later, the model's own
+        # choice after the last draft.
         self.pending = len(self.symbols)
         self.draft = [] if self.done else self._next_draft()
 
@@ -139,27 +118,22 @@ class Row:
             logits: (at least 1 + length of the draft, 12), before the first drafted symbol and after each.
 
         Returns:
-            how many of the tokens that were fed are part of the answer.
-
-        Raises:
-            ValueError: an allowed logit that decides is NaN, or the largest is infinite.
+            how many of the tokens of the last pass are part of the answer.
         """
         if self.done:
             return 0
         accepted, predicted, answer = 0, [], self.answer.copy()
-        for place, drafted in enumerate([*self.draft, None]):
+        for i, drafted in enumerate([*self.draft, None]):
             if self.grammar.finished(answer):
                 break
-            allowed = self.grammar.allowed(answer)
-            scores = np.where(allowed, logits[place], -np.inf)
+            scores = np.where(self.grammar.allowed(answer), logits[i], -np.inf)
             symbol = int(scores.argmax())  # of the first NaN, if there is one
-            # What is predicted after a rejected symbol only serves the next draft.
-            verifying = accepted == place
+            # Predictions after a rejected symbol only serve the next draft.
+            verifying = accepted == i
             if verifying and not math.isfinite(scores[symbol]):
                 raise ValueError(
-                    f"the model's logits of the {allowed.sum()} tokens that may come next are "
-                    f"{logits[place][allowed].tolist()}: no token can be chosen. Its weights or its inputs "
-                    "hold NaN or inf, or dtype=float16 overflows (set dtype=bfloat16)."
+                    f"the model's logits are {logits[i].tolist()}: no token can be chosen. Its weights or "
+                    "its inputs hold NaN or inf, or dtype=float16 overflows (set dtype=bfloat16)."
                 )
             if verifying and temperature > 0:
                 symbol = _sample(scores, drafted, temperature, generator)
@@ -169,7 +143,7 @@ class Row:
                 self.grammar.append(answer, drafted)
         if self.drafter is not None:
             self.drafter.learn(self.answer, self.draft, predicted)
-        kept, self.pending = self.pending + accepted, 1
+        num_cached, self.pending = self.pending + accepted, 1
         self._extend_answer(predicted[: accepted + 1])
         if self.drafter is not None and not self.done:
             # If the grammar forces all of the rest, no further pass is needed.
@@ -178,7 +152,7 @@ class Row:
                 self._extend_answer(rest)
         if not self.done:
             self.draft = self._next_draft()
-        return kept
+        return num_cached
 
     def _extend_answer(self, symbols: list[int]) -> None:
         self.grammar.append(self.answer, *symbols)

@@ -5,6 +5,7 @@ draft of its own length, so here every token is written to a slot of its row, an
 overwritten by the tokens that follow.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -21,23 +22,20 @@ class KVCache:
     `past_key_values`."""
 
     def __init__(self) -> None:
-        self.layers: list[
-            tuple[Tensor, Tensor]
-        ] = []  # keys and values, (R, heads, size, head dim), per layer
+        self.layers: list[tuple[Tensor, Tensor]] = []  # keys, values: (R, heads, size, head dim)
         self.rows = self.size = 0
-        # Where the next tokens are written: row and slot of each, (R, k), or (1, T) if packed.
+        # Row and slot of each token that is written next, (R, k), or (1, T) if packed.
         self.owners: Tensor
         self.slots: Tensor
         self.used = 0  # number of leading slots that attention reads
-        self.graphs: dict[Any, Any] = {}  # CUDA graphs that use `layers`, see cuda_graphs.py
-        self.session: object = None  # the decoding session that fills the cache at present
+        self.graphs: dict[Any, Any] = {}  # CUDA graphs that use `layers`, see `replay`
 
     @torch.inference_mode()  # the decoder runs in inference mode, and its tensors can only be changed in it
     def begin(self, rows: int, size: int, prefix: list[tuple[Tensor, Tensor]] | None) -> None:
         """Empties the cache for `rows` rows of `size` slots and writes `prefix` to the first slots of each.
 
-        Tensors of the right size are kept: CUDA graphs rely on their addresses. They are set to 0, since
-        attention multiplies what it masks by 0, and a NaN of the last chunk would stay one.
+        Tensors of the right size are used again, since CUDA graphs rely on their addresses. They are set to
+        0: attention multiplies masked values by 0, and a NaN of the last chunk would stay one.
         """
         if (rows, size) != (self.rows, self.size):
             self.layers, self.rows, self.size, self.graphs = [], rows, size, {}
@@ -65,8 +63,8 @@ class KVCache:
             buffer[self.owners, :, self.slots] = new.transpose(1, 2)
         return tuple(buffer[:, :, : self.used] for buffer in self.layers[layer])
 
-    def keep(self, rows: list[int]) -> None:
-        """Drops all rows but these."""
+    def select(self, rows: list[int]) -> None:
+        """Drops all other rows."""
         self.layers = [(keys[rows], values[rows]) for keys, values in self.layers]
         self.rows = len(rows)
 
@@ -78,8 +76,8 @@ class Packed(NamedTuple):
     """T tokens of R rows in one sequence, without padding, so that linear layers compute no padding."""
 
     owners: Tensor  # (T,) row of each token, in 0..R-1
-    columns: Tensor  # (T,) its place among the row's tokens
-    grid: Tensor  # (R, k) index in 0..T-1 of the token in each row and place; arbitrary where there is none
+    columns: Tensor  # (T,) its index among the row's tokens
+    grid: Tensor  # (R, k) index in 0..T-1 of the token in each row and column; arbitrary where there is none
 
 
 def _attention(
@@ -92,19 +90,13 @@ def _attention(
     packed: Packed | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attention function in the form of Transformers' AttentionInterface.
-
-    Args:
-        queries: (R, heads, k, head dim), or packed (1, heads, T, head dim).
-        keys, values: (R, key-value heads, used, head dim).
-        mask: additive, (R, 1, heads per key-value head × k, used).
-
-    Returns:
-        (R, k, heads, head dim), or packed (1, T, heads, head dim).
+    """A function of Transformers' AttentionInterface. `mask` is additive, (R, 1, heads per key-value head ×
+    k, used); the other shapes are Transformers', or if packed (1, heads, T, head dim) → (1, T, heads, head
+    dim).
 
     With grouped-query attention, Transformers repeats the keys for every head of a group. Here the queries of
-    a group's heads are handed over as further queries of one head, so that keys are read once: with few new
-    tokens, reading them takes most of the time (on a CPU with 16 rows of one token, 9 times less).
+    a group's heads are further queries of one head, so that keys are read once: with few new tokens, reading
+    them takes most of the time (on a CPU with 16 rows of one token, 9 times less).
     """
     if packed is not None:
         queries = queries[0][:, packed.grid].transpose(0, 1)
@@ -145,7 +137,7 @@ def forward_with_cache(
     cache.owners = torch.arange(len(slots), device=slots.device)[:, None]
     if packed is not None:
         cache.owners, slots = packed.owners[None], slots[0][packed.grid]
-    # Slots behind a token's own hold later tokens of the same draft, or rejected ones: they are masked.
+    # Slots after a token's own hold later tokens of the same draft, or rejected ones: they are masked.
     visible = torch.arange(used, device=slots.device) <= slots[..., None]  # (R, k, used)
     mask = torch.zeros(visible.shape, dtype=embeddings.dtype, device=visible.device)
     mask = mask.masked_fill(~visible, torch.finfo(mask.dtype).min)[:, None]
@@ -160,3 +152,42 @@ def forward_with_cache(
         packed=packed,
         **extra,
     ).last_hidden_state
+
+
+def replay(step: Callable[..., Tensor], cache: KVCache, inputs: tuple[Tensor, ...]) -> Tensor:
+    """`step(*inputs)` as a CUDA graph, recorded at the first call with tensors of these shapes.
+
+    Args:
+        step: reads and writes no other tensors than `inputs`, the cache's, and weights. None of these may
+            move in memory while the cache is in use, and nothing may depend on values that only the CPU has.
+        cache: holds the graphs, as long as its own tensors.
+        inputs: on a GPU.
+
+    Returns:
+        A tensor that the next call overwrites.
+    """
+    shapes = tuple(tensor.shape for tensor in inputs)
+    if shapes not in cache.graphs:
+        cache.graphs[shapes] = _record(step, tuple(tensor.clone() for tensor in inputs), cache.graphs)
+    graph, recorded_inputs, output = cache.graphs[shapes]
+    for recorded, tensor in zip(recorded_inputs, inputs, strict=True):
+        recorded.copy_(tensor)
+    graph.replay()
+    return output
+
+
+def _record(step: Callable[..., Tensor], inputs: tuple[Tensor, ...], graphs: dict[Any, Any]) -> tuple:
+    """(graph, its inputs, its output). All graphs of a cache run one after the other in one pool of
+    memory."""
+    # As PyTorch asks for (Semantics of CUDA Graphs): first without recording, on a stream of its own.
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):  # libraries allocate their workspaces
+            step(*inputs)
+    torch.cuda.current_stream().wait_stream(stream)
+    pool = next((graph.pool() for graph, *_ in graphs.values()), None)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        output = step(*inputs)
+    return graph, inputs, output

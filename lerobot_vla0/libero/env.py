@@ -1,29 +1,43 @@
-"""LIBERO as a Gymnasium environment, `gymnasium.make("lerobot_vla0/Libero-v0", suite=..., task_id=...)`.
+"""LIBERO as a Gymnasium environment with two registrations: `gymnasium.make("lerobot_vla0/Libero-v0",
+suite=..., task_id=...)`, and `--env.type=vla0_libero` of LeRobot's scripts.
 
-Built on LeRobot's `LiberoEnv`, with what Gymnasium users expect: upright images, the robot's state as one
-vector, seeds that decide the initial state, truncation at the suite's step limit.
+Built on LeRobot's `LiberoEnv`, with cheaper resets and less rendering (simulator.py): pictures, robot state
+and success are bit for bit those of `--env.type=libero`, in the form of the data set `lerobot/libero`.
 """
 
 import os
+from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import gymnasium as gym
 import numpy as np
+import torch
+from draccus.utils import DecodingError
 from gymnasium import spaces
-from lerobot.configs import PreTrainedConfig
-from lerobot.utils.constants import OBS_IMAGES
+from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
+from lerobot.configs import FeatureType, PolicyFeature, PreTrainedConfig
+from lerobot.envs.configs import EnvConfig
+from lerobot.envs.utils import _LazyAsyncVectorEnv, freeze_after_episode_end, parse_camera_names
+from lerobot.processor.env_processor import LiberoProcessorStep
+from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_PREFIX, OBS_STATE
 
 from .assets import prepare_libero
-from .config import SIMULATOR_SEED
-from .instructions import goal_of, goals_in_scene
-from .simulator import Cameras, make_simulator
-from .suites import MAX_STEPS, check_task_ids
+from .simulator import make_simulator
+from .suites import MAX_STEPS, NUM_INIT_STATES, TASKS, check_task_ids, split_suites
 
 FPS = 20  # robosuite's control frequency
+SIMULATOR_SEED = 7  # of every episode in the paper's evaluation code
 MAX_IMAGE_SIZE = 2048  # pixels; an environment takes memory for four samples of each
 # Pictures of an observation → LIBERO's cameras.
 CAMERAS = {"image": "agentview", "image2": "robot0_eye_in_hand"}
+
+Observation = dict[str, Any]
+Options = dict[str, Any] | None
+Reset = tuple[Observation, dict[str, Any]]
+Step = tuple[Observation, float, bool, bool, dict[str, Any]]  # reward, terminated, truncated, info
 
 
 def check_settings(image_size: int, max_episode_steps: int | None) -> None:
@@ -41,41 +55,48 @@ def check_cameras(cameras: Sequence[str]) -> None:
 
 
 def cameras_of(policy: PreTrainedConfig) -> list[str]:
-    """The `cameras` that a policy looks at, so that no others are rendered."""
+    """The `cameras` that a policy has as inputs, so that no others are rendered."""
     return [key.removeprefix(f"{OBS_IMAGES}.") for key in policy.camera_keys]
 
 
 class LiberoEnv(gym.Env):
-    """One task of LIBERO.
+    """A robot arm (Franka Panda) follows one instruction of LIBERO at a table, controlled at 20 Hz.
 
-    Observation: `pixels` with `image` (the scene) and `image2` (the wrist camera), or those of `cameras`,
-    uint8 (size, size, 3), upright as in `lerobot/libero`; `agent_pos`, float32 (8,): the end effector's
-    position in metres, its orientation as axis-angle in radians, the positions of the two fingers in metres.
+    ## Action space
+    float32 (7,) in [-1, 1]: changes of the end effector's position (3; 1 is 5 cm) and orientation (3; 1 is
+    0.5 rad) for the operational space controller, then the gripper (-1 opens, 1 closes).
 
-    Action: float32 (7,) in [-1, 1]: changes of position (3) and orientation (3) of the end effector for the
-    operational space controller, then the gripper (negative opens, positive closes).
+    ## Observation space
+    - `pixels`: for each of `cameras`, uint8 (image_size, image_size, 3), RGB, upright. `image` is a camera
+      before the table, `image2` the one on the wrist.
+    - `agent_pos`: float32 (8,): the end effector's position in metres (3), its orientation as axis-angle in
+      radians (3), the positions of the two fingers in metres (2).
 
-    Reward: 1 on success, else 0; success ends the episode. `info` has `is_success`, `task` (the instruction),
-    `task_id` and `init_state`.
+    `info` has `is_success` (bool), `task` (the instruction), `task_id` and `init_state` (int).
 
-    Args:
-        suite: libero_spatial, libero_object, libero_goal, libero_10 or libero_90.
-        task_id: 0..9 (libero_90: 0..89).
-        init_state: which of LIBERO's 50 stored initial states to start from; None draws one at each reset
-            from its seed. `reset(options={"init_state": 3})` overrides it.
-        instruction: of another task of the suite, to be followed in this task's scene: its goal is then the
-            one that counts. None takes the task's own. `reset(options={"instruction": ...})` overrides it.
-        image_size: side of the square images in pixels.
-        cameras: which pictures an observation has. Each takes most of the time of a look.
-        max_episode_steps: None takes the suite's limit (220, 280, 300, 520, 400). `gymnasium.make` has an
-            argument of this name, too, which replaces it.
-        assets: "auto", "real", "primitive" or a folder; see `prepare_libero`.
-        render_mode: "rgb_array" or None.
+    ## Reward and end
+    1.0 at the step that reaches the goal, which terminates the episode, else 0.0. The step limit truncates.
+
+    ## Reset
+    Takes one of the task's 50 stored states and waits ten steps for objects to settle. Options:
+    - `init_state`: which state (0..49).
+    - `instruction`, `goal`: of this episode in place of the task's own. A goal is a list of LIBERO's
+      predicates, for example `[["in", "milk_1", "basket_1_contain_region"]]`.
+
+    ## Arguments
+    - `suite`: libero_spatial, libero_object, libero_goal, libero_10 or libero_90.
+    - `task_id`: 0..9 (libero_90: 0..89).
+    - `init_state`: of every episode; None draws it with the seed of `reset`.
+    - `image_size`: side of the square pictures in pixels, 1..2048.
+    - `cameras`: which pictures to render. Each takes most of the time of an observation.
+    - `max_episode_steps`: None takes the suite's limit (220, 280, 300, 520, 400).
+    - `assets`: "auto", "real", "primitive" or a folder; see `assets.prepare_libero`.
+    - `render_mode`: "rgb_array" or None. `render` returns the last picture of the first camera.
 
     Raises:
-        ValueError: unknown suite, task or init state, an instruction that has no goal in the scene, no
-            or unknown cameras, image_size not in 1..2048, or max_episode_steps below 1.
-        RuntimeError (from `reset`): this process was forked from one that renders.
+        ValueError: a suite, task, initial state, camera or size that does not exist; an action that is not
+            finite or of another shape.
+        RuntimeError (from `reset`): this process was forked from one that had rendered.
     """
 
     _rendering_process: ClassVar[int | None] = None  # id of the last process that made a GL context
@@ -87,7 +108,6 @@ class LiberoEnv(gym.Env):
         task_id: int = 0,
         *,
         init_state: int | None = None,
-        instruction: str | None = None,
         image_size: int = 256,
         cameras: Sequence[str] = tuple(CAMERAS),
         max_episode_steps: int | None = None,
@@ -101,93 +121,61 @@ class LiberoEnv(gym.Env):
         from lerobot.envs.libero import LiberoEnv as LeRobotLiberoEnv
         from lerobot.envs.libero import _get_suite
 
-        self._env = LeRobotLiberoEnv(
-            task_suite=_get_suite(suite),
-            task_id=task_id,
-            task_suite_name=suite,
-            obs_type="pixels_agent_pos",
-            observation_height=image_size,
-            observation_width=image_size,
-            control_freq=FPS,
-        )
+        settings = {"observation_height": image_size, "observation_width": image_size, "control_freq": FPS}
+        settings["obs_type"] = "pixels_agent_pos"
+        self._env = LeRobotLiberoEnv(_get_suite(suite), task_id, suite, **settings)
         self.suite, self.task_id, self.render_mode = suite, task_id, render_mode
-        self._fixed_instruction = instruction or self._env.task_description
-        self.task = self.task_description = self._fixed_instruction
-        goal_of(suite, task_id, self.task)
-        self.num_init_states = len(self._env._init_states)
-        self._fixed_init_state = None if init_state is None else self._check_init_state(init_state)
-        self._max_episode_steps = max_episode_steps or MAX_STEPS[suite]
+        self.task = self.task_description = self._env.task_description  # LeRobot's scripts read the latter
+        self._fixed_init_state, self._image_size = init_state, image_size
+        self._max_episode_steps = max_episode_steps or MAX_STEPS[suite]  # LeRobot's scripts read it
         image = spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
-        self.observation_space = spaces.Dict(
-            {
-                "pixels": spaces.Dict(dict.fromkeys(cameras, image)),
-                "agent_pos": spaces.Box(-np.inf, np.inf, (8,), np.float32),
-            }
-        )
+        state = spaces.Box(-np.inf, np.inf, (8,), np.float32)
+        pixels = spaces.Dict(dict.fromkeys(cameras, image))
+        self.observation_space = spaces.Dict({"pixels": pixels, "agent_pos": state})
         self.action_space = self._env.action_space
-        self._steps, self._init_state, self._frame = 0, 0, None
-        self._cameras: Cameras | None = None  # with the simulator, made at the first reset
+        self._frame, self._cameras = None, None  # the latter is made with the simulator, at the first reset
 
-    def _check_init_state(self, init_state: int) -> int:
-        if not 0 <= init_state < self.num_init_states:
-            raise ValueError(f"init_state={init_state} must be in 0..{self.num_init_states - 1}.")
-        return int(init_state)
-
-    def _check_process(self) -> None:
+    def _make_simulator(self) -> None:
+        """In place of the simulator that LeRobot's environment would make at its first reset."""
         # A GL context that was made before a fork is broken in the new process, which would wait for ever.
         if LiberoEnv._rendering_process not in (None, os.getpid()):
             raise RuntimeError(
                 f"LiberoEnv cannot render in process {os.getpid()}: it was forked from process "
-                f"{LiberoEnv._rendering_process} after that one had rendered. Start environments in fresh "
-                'processes: gymnasium.make_vec(..., vectorization_mode="async", vector_kwargs={"context": '
-                '"spawn"}).'
+                f"{LiberoEnv._rendering_process} after that one had rendered. Start environments with "
+                'gymnasium.make_vec(..., vectorization_mode="async", vector_kwargs={"context": "spawn"}).'
             )
         LiberoEnv._rendering_process = os.getpid()
-
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Starts an episode. The seed decides the initial state, unless one is fixed by `init_state`."""
-        self._check_process()
-        super().reset(seed=seed)
-        chosen = (options or {}).get("init_state", self._fixed_init_state)
-        if chosen is None:
-            chosen = self.np_random.integers(self.num_init_states)
-        self._init_state, self._steps = self._check_init_state(chosen), 0
-        instruction = (options or {}).get("instruction", self._fixed_instruction)
-        goal = goal_of(self.suite, self.task_id, instruction)
-        self._env.init_state_id = self._init_state
         if self._cameras is None:
-            size = next(iter(self.observation_space["pixels"].values())).shape[0]
-            # In place of the one that LeRobot's environment would make.
-            self._env._env, self._cameras = make_simulator(self._env._task_bddl_file, size, FPS)
-        self.task = self.task_description = instruction
-        self.simulator.env.parsed_problem["goal_state"] = goal
+            simulator, self._cameras = make_simulator(self._env._task_bddl_file, self._image_size, FPS)
+            self._env._env, self._own_goal = simulator, simulator.env.parsed_problem["goal_state"]
+
+    def reset(self, *, seed: int | None = None, options: Options = None) -> Reset:
+        super().reset(seed=seed)
+        self._make_simulator()
+        options = options or {}
+        init_state = options.get("init_state", self._fixed_init_state)
+        if init_state is None:
+            init_state = self.np_random.integers(NUM_INIT_STATES)
+        if not 0 <= init_state < NUM_INIT_STATES:
+            raise ValueError(f"init_state={init_state} must be in 0..{NUM_INIT_STATES - 1}.")
+        self._env.init_state_id = int(init_state)
+        self.task = self.task_description = options.get("instruction", self._env.task_description)
+        self.simulator.env.parsed_problem["goal_state"] = options.get("goal", self._own_goal)
+        self._steps = 0
         # The simulator draws random numbers before it takes the stored state: the same ones every time.
         observation, _ = self._env.reset(seed=SIMULATOR_SEED)
-        return self._observation(observation), self._info(False)
+        self._info = {"task": self.task, "task_id": self.task_id, "init_state": int(init_state)}
+        return self._observation(observation), {"is_success": False, **self._info}
 
-    def step(self, action: np.ndarray) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
+    def step(self, action: np.ndarray) -> Step:
         observation, reward, terminated, truncated, info = self.step_chunk(np.asarray(action)[None])
         del info["steps"]
         return observation, reward, terminated, truncated, info
 
-    def step_chunk(
-        self, actions: np.ndarray, until: Callable[[], Any] | None = None
-    ) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
-        """`step` for several actions, of which only the last observation is returned, and only its pictures
-        are rendered. Everything returned is bit for bit what single steps return.
-
-        Args:
-            actions: (n, 7), n at least 1. Those behind success or the step limit are not executed.
-            until: asked after each action; if it says yes, the actions behind are not executed either.
-
-        Returns:
-            As `step`, of the last step executed; `info` has `steps`, the number of actions executed.
-
-        Raises:
-            ValueError: actions of another shape, or not finite.
-        """
+    def step_chunk(self, actions: np.ndarray, until: Callable[[], Any] | None = None) -> Step:
+        """`step` for several actions (n, 7), up to success, the step limit, or the action after which
+        `until()` is true. Only the last observation is returned, and only its pictures are rendered, bit for
+        bit as by single steps. `info["steps"]` is the number of actions executed."""
         actions = np.asarray(actions, dtype=np.float32)
         if actions.ndim != 2 or actions.shape[1] != 7 or not len(actions) or not np.isfinite(actions).all():
             raise ValueError(f"actions must be finite, (n, 7) with n >= 1; got {actions.shape}: {actions}.")
@@ -198,54 +186,36 @@ class LiberoEnv(gym.Env):
             truncated = not terminated and self._steps >= self._max_episode_steps
             if terminated or truncated or (until is not None and until()):
                 break
-        info = {**self._info(bool(info["is_success"])), "steps": self._steps - before}
+        info = {"is_success": bool(info["is_success"]), **self._info, "steps": self._steps - before}
         return self._observation(observation), float(reward), bool(terminated), truncated, info
 
-    def reached(self) -> list[str]:
-        """Instructions whose goals hold now, of all that this scene allows (`goals_in_scene`), whichever of
-        them was given. After the first reset."""
-        holds = self.simulator.env._eval_predicate
-        goals = goals_in_scene(self.suite, self.task_id)
-        return [instruction for instruction, goal in goals.items() if all(map(holds, goal))]
-
-    def held(self) -> list[str]:
-        """Instructions of `goals_in_scene` that move an object which both fingers touch now, as robosuite
-        defines a grasp. After the first reset."""
-        env = self.simulator.env
-        touched = [n for n, it in env.objects_dict.items() if env._check_grasp(env.robots[0].gripper, it)]
-        goals = goals_in_scene(self.suite, self.task_id)
-        # A predicate's first argument is what moves: "in milk_1 basket_1_contain_region".
-        return [text for text, goal in goals.items() if any(moved in touched for _, moved, *_ in goal)]
-
-    def _info(self, is_success: bool) -> dict[str, Any]:
-        return {
-            "is_success": is_success,
-            "task": self.task,
-            "task_id": self.task_id,
-            "init_state": self._init_state,
-        }
-
-    def _observation(self, observation: dict[str, Any]) -> dict[str, Any]:
-        # LIBERO's cameras are mounted upside down; the data sets hold the images turned by 180°.
-        pixels = {
-            key: np.ascontiguousarray(self._cameras.draw(CAMERAS[key])[::-1, ::-1])
-            for key in self.observation_space["pixels"]
-        }
-        self._frame = next(iter(pixels.values()))
+    def _observation(self, observation: dict[str, Any]) -> Observation:
+        pixels = {}
+        for key in self.observation_space["pixels"]:
+            # LIBERO's cameras are mounted upside down; the data sets hold the images turned by 180°.
+            pixels[key] = np.ascontiguousarray(self._cameras.draw(CAMERAS[key])[::-1, ::-1])
+        self._frame = pixels[next(iter(pixels))]
         return {"pixels": pixels, "agent_pos": agent_position(observation["robot_state"])}
 
     @property
     def simulator(self) -> Any:
-        """LIBERO's environment after the first reset, for controllers that read the simulator's state."""
+        """LIBERO's environment, after the first reset."""
         return self._env._env
 
     def render(self) -> np.ndarray | None:
-        """The last picture of the first of `cameras`, upright, uint8 (size, size, 3)."""
         return None if self._frame is None else self._frame.copy()
 
     def close(self) -> None:
         self._cameras = None
         self._env.close()
+
+
+def agent_position(robot_state: dict[str, Any]) -> np.ndarray:
+    """LeRobot's nested robot state → its `observation.state`, float32 (8,)."""
+    eef, gripper = robot_state["eef"], robot_state["gripper"]
+    pos, quat, qpos = (torch.from_numpy(value)[None] for value in (eef["pos"], eef["quat"], gripper["qpos"]))
+    batch = {f"{OBS_PREFIX}robot_state": {"eef": {"pos": pos, "quat": quat}, "gripper": {"qpos": qpos}}}
+    return LiberoProcessorStep().observation(batch)[OBS_STATE][0].numpy()
 
 
 class MakeLimit(gym.Wrapper, gym.utils.RecordConstructorArgs):
@@ -259,14 +229,83 @@ class MakeLimit(gym.Wrapper, gym.utils.RecordConstructorArgs):
             env.unwrapped._max_episode_steps = env.spec.max_episode_steps
 
 
-def agent_position(robot_state: dict[str, Any]) -> np.ndarray:
-    """LeRobot's nested robot state → its `observation.state`, float32 (8,)."""
-    from lerobot.envs.utils import preprocess_observation
-    from lerobot.processor.env_processor import LiberoProcessorStep
+class InitStatesInTurn(LiberoEnv):
+    """Environment `index` of a vector of `count` starts its episodes from the initial states index,
+    index + count, index + 2 * count, ..., as LeRobot's environment does."""
 
-    batch = {
-        part: {name: np.asarray(value)[None] for name, value in values.items()}
-        for part, values in robot_state.items()
-    }
-    features = LiberoProcessorStep().observation(preprocess_observation({"robot_state": batch}))
-    return features["observation.state"][0].numpy()
+    def __init__(self, index: int, count: int, suite: str, task_id: int, **settings: Any) -> None:
+        super().__init__(suite, task_id, **settings)
+        self._index, self._count, self._next_state = index, count, index
+
+    def set_init_states(self, init_states: Sequence[int]) -> None:
+        """The next initial state of each environment of the vector."""
+        self._next_state = init_states[self._index]
+
+    def reset(self, *, seed: int | None = None, options: Options = None) -> Reset:
+        options = {"init_state": self._next_state % NUM_INIT_STATES, **(options or {})}
+        self._next_state += self._count
+        return super().reset(seed=seed, options=options)
+
+
+@EnvConfig.register_subclass("vla0_libero")
+@dataclass
+class VLA0LiberoEnv(EnvConfig):
+    """`LiberoEnv` for LeRobot's scripts: simulator seed 7 whatever seed the script gives, initial states in
+    turn."""
+
+    # Suite, or several separated by commas.
+    task: str = "libero_object"
+    # Task ids; None takes all of each suite.
+    task_ids: list[int] | None = None
+    fps: int = FPS
+    # Step limit; None takes the suite's (220, 280, 300, 520, 400).
+    episode_length: int | None = None
+    # Cameras by LIBERO's names, as in LeRobot's environment.
+    camera_name: str = "agentview_image,robot0_eye_in_hand_image"
+    # Side of the square pictures in pixels.
+    observation_height: int = 256
+    observation_width: int = 256
+    # LIBERO's assets: auto, real, primitive, or a folder.
+    assets: str = "auto"
+
+    def __post_init__(self) -> None:
+        size = (self.observation_height, self.observation_width, 3)
+        try:
+            for suite in split_suites(self.task) or [self.task]:
+                check_task_ids(suite, self.task_ids)
+            if size[0] != size[1]:
+                raise ValueError(f"observation_height={size[0]} and observation_width={size[1]} differ.")
+        except ValueError as error:  # draccus hides its text
+            raise DecodingError((), str(error)) from error
+        self.features = {ACTION: PolicyFeature(FeatureType.ACTION, (7,))}
+        self.features["agent_pos"] = PolicyFeature(FeatureType.STATE, (8,))
+        self.features_map = {ACTION: ACTION, "agent_pos": OBS_STATE}
+        for key in self.cameras:
+            self.features[f"pixels/{key}"] = PolicyFeature(FeatureType.VISUAL, size)
+            self.features_map[f"pixels/{key}"] = f"{OBS_IMAGES}.{key}"
+
+    @property
+    def cameras(self) -> list[str]:
+        keys = {f"{camera}_image": key for key, camera in CAMERAS.items()}
+        return [keys.get(name, name) for name in parse_camera_names(self.camera_name)]
+
+    @property
+    def gym_kwargs(self) -> dict[str, Any]:
+        settings = {"image_size": self.observation_height, "max_episode_steps": self.episode_length}
+        return {**settings, "cameras": self.cameras}
+
+    def create_envs(self, n_envs: int, use_async_envs: bool = False) -> dict[str, dict[int, VectorEnv]]:
+        """{suite: {task id: vector of `n_envs` environments}}."""
+        envs: dict[str, dict[int, VectorEnv]] = defaultdict(dict)
+        for suite in split_suites(self.task):
+            # Searched for, or downloaded, once: the environments' processes get the folder.
+            settings = {**self.gym_kwargs, "assets": str(prepare_libero(suite, self.assets))}
+            for task in self.task_ids or range(len(TASKS[suite])):
+                maker = partial(InitStatesInTurn, count=n_envs, suite=suite, task_id=task, **settings)
+                makers = [partial(maker, index) for index in range(n_envs)]
+                if use_async_envs and n_envs > 1:
+                    envs[suite][task] = _LazyAsyncVectorEnv(makers)
+                else:  # as LeRobot makes it: environments whose episode has ended wait for the others
+                    makers = [freeze_after_episode_end(maker) for maker in makers]
+                    envs[suite][task] = SyncVectorEnv(makers, autoreset_mode=AutoresetMode.NEXT_STEP)
+        return dict(envs)

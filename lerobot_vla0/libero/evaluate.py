@@ -1,30 +1,36 @@
-"""`lerobot-vla0 eval`: the paper's LIBERO evaluation, resumable, in shards, with a report.
+"""`lerobot-vla0 eval`: the paper's LIBERO evaluation, resumable, in parts, with a report.
 
 50 episodes per task, episode i from stored initial state i, 256×256 images, the suite's step limit, simulator
 seed 7 (arXiv 2510.13054, section 4.1; its evaluation code).
+
+Several processes, on one machine or more, share the results folder and nothing else. Each runs its part and
+writes the report of the episodes that there are, so that the last one writes the whole.
 """
 
-import math
+import os
 import re
-from collections.abc import Callable
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import torch
 from tqdm import tqdm
 
 from ..agent import Agent
-from ..options import PolicyOptions
-from ..processor_vla0 import load_processors
+from ..cli import PolicyOptions
+from ..configuration_vla0 import VLA0Config
+from ..decoding.decoder import Plan
 from .assets import asset_name, is_primitive, prepare_libero
-from .config import VLA0LiberoEnv
-from .env import cameras_of, check_settings
+from .env import CAMERAS, cameras_of, check_settings
 from .pool import EnvironmentPool, Job, Result
-from .report import compare, read_episodes, write_report
-from .results import check_folder, describe_policy, save_episode
+from .report import check_folder, compare, describe_policy, read_episodes, save_episode, write_report
 from .suites import MAX_STEPS, TASKS, check_init_states, check_task_ids, split_suites
+
+# Variables of a process's number, of the number of processes, and of its number on its machine: torchrun's
+# and accelerate's; srun's. SLURM_NTASKS and SLURM_PROCID are also set in a batch script that runs once.
+LAUNCHERS = (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"))
 
 
 @dataclass(kw_only=True)
@@ -42,13 +48,11 @@ class EvalConfig(PolicyOptions):
     episodes: int = 50
     # The first stored initial state (0..49).
     first_init_state: int = 0
-    # Environments, each in a process of its own. All that wait for actions are given them in one batch.
+    # Environments, each in a process of its own. The policy acts for all that wait for actions in one batch.
     batch_size: int = 1
     # "3/10" runs the third of ten parts; the same command with another K and the same folder, on any machine,
-    # runs another part. None: all, or what is due to this process of torchrun, accelerate launch or srun.
+    # runs another part. None: all, or the part of this process of torchrun, accelerate launch or srun.
     shard: str | None = None
-    # With several processes: seconds until one that neither acts nor ends an episode counts as lost.
-    rank_timeout: float = 900.0
     # Videos to make, by playing an episode again with rendering on: of failures, all or none.
     videos: str = "failures"
     # LIBERO's assets: auto, real, primitive, or a folder.
@@ -68,28 +72,23 @@ class EvalConfig(PolicyOptions):
         for suite in suites:
             check_task_ids(suite, self.tasks)
         check_settings(self.image_size, self.max_episode_steps)
-        given = self.shard is not None
-        if given and (not re.fullmatch(r"[1-9]\d*/[1-9]\d*", self.shard) or self.part > self.parts):
+        check_init_states(self.episodes, self.first_init_state)
+        if not re.fullmatch(r"[1-9]\d*/[1-9]\d*", self.shard or "1/1") or self.part[0] > self.part[1]:
             raise ValueError(f"shard={self.shard!r} must be K/N with 1 <= K <= N, for example 3/10.")
-        if not 0 < self.rank_timeout < math.inf:
-            raise ValueError(f"rank_timeout={self.rank_timeout} must be above 0 seconds and finite.")
         if self.videos not in ("failures", "all", "none"):
             raise ValueError(f"videos={self.videos!r} must be failures, all or none.")
         if self.batch_size < 1:
             raise ValueError(f"batch_size={self.batch_size} must be at least 1.")
-        check_init_states(self.episodes, self.first_init_state)
 
     @property
     def suite_list(self) -> list[str]:
         return split_suites(self.suites)
 
     @property
-    def part(self) -> int:
-        return int((self.shard or "1/1").split("/")[0])
-
-    @property
-    def parts(self) -> int:
-        return int((self.shard or "1/1").split("/")[1])
+    def part(self) -> tuple[int, int]:
+        """(K, N): this is part K of N."""
+        part, parts = (self.shard or "1/1").split("/")
+        return int(part), int(parts)
 
     def video_of(self, result: Result) -> Path | None:
         """The video file to make of an episode."""
@@ -114,118 +113,106 @@ class EvalConfig(PolicyOptions):
         return jobs
 
 
-def evaluate(config: EvalConfig) -> Path:
-    """Runs the episodes that are not in the results folder yet, writes the report and returns its path, in
-    one process (`ranks.evaluate` shares them out). Creates nothing before the first episode has ended.
+def main(config: EvalConfig) -> Path | None:
+    """`lerobot-vla0 eval`: `evaluate`, or one part of it in a process of a launcher, on its GPU."""
+    number, count, local = find_rank(os.environ)
+    if count > 1:
+        if config.shard is not None:
+            raise ValueError(f"shard={config.shard!r}: leave it out, each of {count} processes takes a part.")
+        config.shard = f"{number + 1}/{count}"
+        policy, gpus = config.require_policy("which policy?"), torch.cuda.device_count()
+        # In turn; not where the launcher shows each process only its own GPU, or the user names one.
+        if policy.device == "cuda" and local is not None and gpus > 1:
+            policy.device = f"cuda:{local % gpus}"
+    return evaluate(config)
+
+
+def find_rank(environ: Mapping[str, str]) -> tuple[int, int, int | None]:
+    """A process's number, the number of processes, and its number on its machine (None if unknown), from the
+    variables of a launcher; (0, 1, None) if there are none. torchrun's go before Slurm's: `srun torchrun ...`
+    starts several processes in each task."""
+    for number, count, local in LAUNCHERS:
+        if count in environ:  # Slurm sets the number alone in batch scripts
+            on_machine = int(environ[local]) if local in environ else None
+            return int(environ[number]), int(environ[count]), on_machine
+    return 0, 1, None
+
+
+def evaluate(config: EvalConfig) -> Path | None:
+    """Runs the episodes of `config.shard` that are not in the results folder yet, in this process, and writes
+    the report; returns its path, or None if there is no episode yet. Creates nothing before the first episode
+    has ended.
 
     Raises:
-        ValueError, OSError, RuntimeError: see `run_episodes`.
-    """
-    run_episodes(config)
-    return report(config)
-
-
-def run_episodes(config: EvalConfig, beat: Callable[[], None] = lambda: None) -> None:
-    """Runs the episodes of `config.shard` that are not in the results folder yet.
-
-    Args:
-        beat: called when the folder and the settings have been checked, when the policy is loaded, and each
-            time that it is asked for actions.
-
-    Raises:
-        ValueError: no policy, one whose actions or cameras LIBERO does not have, or a results folder with
-            other settings.
+        ValueError: no policy, one whose actions or cameras LIBERO does not have, or a results folder of other
+            settings.
         OSError: the results folder cannot be written.
         RuntimeError: an environment failed, or its process died.
     """
-    policy, out = config.require_policy("which policy?"), Path(config.out)
+    policy = config.require_policy("which policy?")
+    _check_policy(policy)
     if config.compare is not None and not read_episodes(config.compare):
         raise ValueError(f"compare={str(config.compare)!r} holds no finished episode.")
     folders = [prepare_libero(suite, config.assets) for suite in config.suite_list]
-    settings = describe_policy(policy) | {
-        "suites": config.suites,
-        "tasks": config.tasks,
-        "episodes": config.episodes,
-        "first_init_state": config.first_init_state,
-        "image_size": config.image_size,
-        "max_episode_steps": config.max_episode_steps
-        or {suite: MAX_STEPS[suite] for suite in config.suite_list},
+    protocol = ("suites", "tasks", "episodes", "first_init_state", "image_size")
+    limits = {suite: MAX_STEPS[suite] for suite in config.suite_list}
+    settings = describe_policy(policy) | {name: getattr(config, name) for name in protocol}
+    settings |= {
+        "max_episode_steps": config.max_episode_steps or limits,
         "assets": [asset_name(folder) for folder in folders],
         "stand_in_assets": any(is_primitive(folder) for folder in folders),
         "episodes_in_all": len(config.jobs(1, 1)),
     }
-    check_folder(out, settings)
-    beat()
-    done, jobs = read_episodes(out), config.jobs(config.part, config.parts)
-    finished = [done[job[:3]] for job in jobs if job[:3] in done]
+    check_folder(Path(config.out), settings)
+    _run_episodes(config, settings, str(folders[0]))  # the folder is the same for all suites
+    return _report(config)
+
+
+def _check_policy(policy: VLA0Config) -> None:
+    actions, unknown = policy.action_feature.shape, set(cameras_of(policy)) - set(CAMERAS)
+    if actions != (7,):
+        raise ValueError(f"the policy's actions have {actions[0]} dimensions, LIBERO's have 7.")
+    if unknown:
+        raise ValueError(f"the policy needs the cameras {sorted(unknown)}; LIBERO has {list(CAMERAS)}.")
+
+
+def _run_episodes(config: EvalConfig, settings: dict[str, Any], assets: str) -> None:
+    out, jobs = Path(config.out), config.jobs(*config.part)
+    done = read_episodes(out)
     left = [job for job in jobs if job[:3] not in done]
-    if left:
-        agent = _load_agent(config)
-        beat()
-        pool = EnvironmentPool(
-            min(config.batch_size, len(left)),
-            image_size=config.image_size,
-            cameras=cameras_of(agent.policy.config),
-            max_episode_steps=config.max_episode_steps,
-            assets=str(folders[0]),  # found, or downloaded, once; the same for all suites
-        )
-
-        def begin(job: Job) -> Any:
-            return agent.policy.decoder.new_episodes(config.batch_size)[0]
-
-        def act(*looks: Any) -> np.ndarray:
-            beat()
-            return agent.act_chunk(*looks)
-
-        name = "Evaluating" if config.parts == 1 else f"Evaluating {config.part}/{config.parts}"
-        with (
-            closing(pool),
-            tqdm(total=len(jobs), initial=len(finished), desc=name, unit="episode") as progress,
-        ):
-            for result in pool.play(left, begin, act, config.video_of):
-                finished.append(row_of(result))
-                save_episode(out, f"{config.part}/{config.parts}", settings, finished[-1])
-                rate = 100 * sum(row["success"] for row in finished) / len(finished)
-                progress.update()
-                progress.set_postfix(success=f"{rate:.1f} %", task=f"{result.job.suite} {result.job.task_id}")
+    if not left:
+        return
+    agent = Agent.from_config(config.policy)
+    environment = {"image_size": config.image_size, "cameras": cameras_of(agent.policy.config)}
+    environment |= {"assets": assets, "max_episode_steps": config.max_episode_steps}
+    pool = EnvironmentPool(min(config.batch_size, len(left)), **environment)
+    part = "{}/{}".format(*config.part)
+    successes = [done[job[:3]]["success"] for job in jobs if job[:3] in done]
+    bar = tqdm(total=len(jobs), initial=len(successes), desc=f"Evaluating {part}", unit="episode")
+    with closing(pool), bar:
+        for result in pool.play(left, lambda job: Plan(), agent.act_chunk, config.video_of):
+            suite, task_id, episode, init_state = result.job
+            row = {"suite": suite, "task_id": task_id, "task": result.task, "episode": episode}
+            row |= {"init_state": init_state, "success": result.success, "steps": result.steps}
+            save_episode(out, part, settings, row)
+            successes.append(result.success)
+            bar.update()
+            rate = 100 * sum(successes) / len(successes)
+            bar.set_postfix(success=f"{rate:.1f} %", task=f"{suite} {task_id}")
 
 
-def report(config: EvalConfig) -> Path:
-    """Writes and prints the report of all episodes in the results folder, and returns its path.
-
-    Raises:
-        ValueError: there is none.
-    """
-    file = write_report(Path(config.out))
-    print(file.read_text().split("## Settings")[0])
-    if config.compare is not None:
-        print(compare(config.out, config.compare))
-    print(f"Wrote {file}")
+def _report(config: EvalConfig) -> Path | None:
+    """Writes and prints the report of all episodes in the results folder."""
+    out, episodes, file = Path(config.out), {}, None
+    # Again if other processes have ended episodes meanwhile: this report may have replaced a newer one.
+    while len(done := read_episodes(out)) > len(episodes):
+        episodes, missing, parts = done, {}, config.part[1]
+        for part in range(1, parts + 1):
+            missing[f"{part}/{parts}"] = sum(job[:3] not in done for job in config.jobs(part, parts))
+        file = write_report(out, {part: count for part, count in missing.items() if count})
+    if file is not None:
+        print(file.read_text().split("## Settings")[0])
+        if config.compare is not None:
+            print(compare(out, config.compare))
+        print(f"Wrote {file}")
     return file
-
-
-def row_of(result: Result) -> dict[str, Any]:
-    """The line of an episode in the results."""
-    job = result.job._asdict()
-    return {
-        "suite": job.pop("suite"), "task_id": job.pop("task_id"), "task": result.task, **job,
-        "success": result.success, "steps": result.steps,
-    }  # fmt: skip
-
-
-def _load_agent(config: EvalConfig) -> Agent:
-    from lerobot.policies.factory import make_policy
-
-    policy_config = config.policy
-    policy_config.stream = False  # of use only where somebody waits for the first action of a chunk
-    env_config = VLA0LiberoEnv(
-        task=config.suite_list[0], observation_height=config.image_size, observation_width=config.image_size
-    )
-    policy = make_policy(policy_config, env_cfg=env_config)
-    cameras = set(policy.config.camera_keys) - set(env_config.features_map.values())
-    if cameras:
-        raise ValueError(
-            f"the policy looks at {sorted(cameras)}, which LIBERO does not have; it has "
-            "observation.images.image and observation.images.image2."
-        )
-    return Agent(policy, *load_processors(policy_config, policy_config.pretrained_path))

@@ -1,25 +1,27 @@
-"""LIBERO environments in processes of their own, each with the next episode as soon as it has ended one.
+"""LIBERO environments in processes of their own, each of which takes the next episode when it has ended one.
 
-The policy is asked for all environments that wait for actions, in one batch, whatever their progress; the
-others step meanwhile. What an episode does depends on its task, its initial state and the policy only, not on
-the environment that plays it or on its neighbours.
+The policy acts for all environments that wait for actions, in one batch; the others step meanwhile. An
+episode depends on its task, its initial state and the policy only.
 """
 
 import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection, wait
+from functools import partial
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from lerobot.utils.io_utils import write_video
 
-from .env import LiberoEnv
+from .env import FPS, LiberoEnv
 from .report import DIFFERS
-from .video import encode, frame
-
-CLOSE_SECONDS = 5  # until a process that does not end is killed
 
 
 class Job(NamedTuple):
@@ -42,50 +44,32 @@ class Result:
     actions: np.ndarray  # float32 (steps, 7), as executed
 
 
-# Observation (None at the episode's end), instruction, success, steps since the reset.
-Answer = tuple[dict[str, Any] | None, str, bool, int]
-# (observations with a batch axis, instructions, memory of each episode) → actions (B, n, 7)
-Act = Callable[[dict[str, Any], list[str], list[Any]], np.ndarray]
-
-
 @dataclass
-class _Worker:
-    """A process with one environment, as its parent sees it."""
-
-    process: Any
-    pipe: Connection
-    job: Job | None = None
-    memory: Any = None  # what the policy remembers of the episode
+class _Episode:
+    job: Job
+    process: Executor  # plays it
+    state: Any  # the policy's
     observation: dict[str, Any] | None = None  # waits for actions
     task: str = ""
     actions: list[np.ndarray] = field(default_factory=list)
-    filming: bool = False
 
-    def ask(self, *request: Any) -> None:
+    def ask(self, function: Callable[..., Any], argument: Any) -> Future:
         try:
-            self.pipe.send(request)
-        except OSError as error:
-            raise self._died() from error
+            return self.process.submit(function, argument)
+        except BrokenProcessPool as error:  # it died while it waited for actions
+            future = Future()
+            future.set_exception(error)
+            return future
 
-    def answer(self) -> tuple[Any, ...]:
+    def answer(self, future: Future) -> Any:
         try:
-            kind, *answer = self.pipe.recv()
-        except (EOFError, OSError) as error:
-            raise self._died() from error
-        if kind == "error":
-            raise RuntimeError(f"{self._place()} failed: {answer[0]}")
-        return tuple(answer)
-
-    def _place(self) -> str:
-        return f"the environment of {self.job.suite}, task {self.job.task_id}, episode {self.job.episode}"
-
-    def _died(self) -> RuntimeError:
-        self.process.join(CLOSE_SECONDS)
-        return RuntimeError(
-            f"{self._place()} died: its process {self.process.pid} ended with exit code "
-            f"{self.process.exitcode} (-9: killed, for example because memory was short; then lower "
-            "--batch_size)."
-        )
+            return future.result()
+        except BrokenProcessPool as error:
+            reason, cause = "died, maybe killed because memory was short; then lower --batch_size", error
+        except Exception as error:
+            reason, cause = f"failed: {type(error).__name__}: {error}", error
+        name = f"{self.job.suite}, task {self.job.task_id}, episode {self.job.episode}"
+        raise RuntimeError(f"the environment of {name} {reason}.") from cause
 
 
 class EnvironmentPool:
@@ -100,88 +84,57 @@ class EnvironmentPool:
         # A GL context must not be forked. The server that forks these processes has none: it has only
         # imported what takes most of the time and memory of a start, once for all.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([LiberoEnv.__module__, "lerobot.processor.env_processor"])
-        self._workers: list[_Worker] = []
-        for _ in range(size):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, settings), daemon=True)
-            process.start()
-            theirs.close()  # so that the end of the process is seen at `ours`
-            self._workers.append(_Worker(process, ours))
+        context.set_forkserver_preload([LiberoEnv.__module__])
+        self._processes = [ProcessPoolExecutor(1, context, _start, (settings,)) for _ in range(size)]
 
     def play(
         self,
         jobs: Iterable[Job],
         begin: Callable[[Job], Any],
-        act: Act,
+        act: Callable[[dict[str, Any], list[str], list[Any]], np.ndarray],
         film: Callable[[Result], Path | None] = lambda result: None,
     ) -> Iterator[Result]:
-        """Plays all episodes and yields each when it ends.
+        """Plays all episodes and yields each when it ends. `begin` makes the policy's state of an episode.
+        `act` is the policy: observations with a batch axis, instructions, states → actions (B, n, 7). `film`
+        is called after an episode was yielded, and says which video file to make of it, if any."""
+        waiting, ready, running = iter(jobs), [], {}
 
-        Args:
-            begin: makes what `act` remembers of an episode.
-            act: the policy.
-            film: called after an episode was yielded: the video file to make of it, or None.
+        def begin_next(process: Executor) -> None:
+            if (job := next(waiting, None)) is not None:
+                episode = _Episode(job, process, begin(job))
+                running[episode.ask(_reset, job)] = episode
 
-        Raises:
-            RuntimeError: an environment failed, or its process died.
-        """
-        waiting = iter(jobs)
-        for worker in self._workers:
-            self._next(worker, waiting, begin)
-        while any(worker.job for worker in self._workers):
-            ready = [worker for worker in self._workers if worker.observation is not None]
-            busy = {w.pipe: w for w in self._workers if w.job and w.observation is None}
-            # While somebody waits for actions, only those are added that have ended their steps already.
-            for pipe in wait(list(busy), timeout=0 if ready else None):
-                worker = busy[pipe]
-                answer = worker.answer()
-                if worker.filming:
-                    worker.filming = False
-                    self._next(worker, waiting, begin)
-                elif (result := self._receive(worker, *answer)) is None:
-                    ready.append(worker)
+        for process in self._processes:
+            begin_next(process)
+        while running or ready:
+            # While an environment waits for actions, only those join it that have ended their steps already.
+            for future in wait(running, 0 if ready else None, FIRST_COMPLETED).done:
+                episode = running.pop(future)
+                answer = episode.answer(future)
+                if answer is None:  # the video is written
+                    begin_next(episode.process)
+                    continue
+                episode.observation, episode.task, success, steps = answer
+                if episode.observation is not None:
+                    ready.append(episode)
+                    continue
+                actions = np.concatenate(episode.actions)[:steps]
+                yield (result := Result(episode.job, episode.task, success, steps, actions))
+                if file := film(result):
+                    running[episode.ask(partial(_film, file), result)] = episode
                 else:
-                    yield result
-                    file = film(result)
-                    if file is None:
-                        self._next(worker, waiting, begin)
-                    else:
-                        worker.filming = True
-                        worker.ask("film", result, file)
+                    begin_next(episode.process)
             if ready:
-                observation = _stack([worker.observation for worker in ready])
-                chunks = act(observation, [w.task for w in ready], [w.memory for w in ready])
-                for worker, chunk in zip(ready, chunks, strict=True):
-                    worker.observation = None
-                    worker.actions.append(chunk)
-                    worker.ask("step", chunk)
-
-    def _next(self, worker: _Worker, jobs: Iterator[Job], begin: Callable[[Job], Any]) -> None:
-        worker.job, worker.actions = next(jobs, None), []
-        if worker.job is not None:
-            worker.memory = begin(worker.job)
-            worker.ask("reset", worker.job)
-
-    def _receive(
-        self, worker: _Worker, observation: dict[str, Any] | None, task: str, success: bool, steps: int
-    ) -> Result | None:
-        """Keeps an observation until the policy is asked, or returns the episode that has ended."""
-        if observation is not None:
-            worker.observation, worker.task = observation, task
-            return None
-        actions = np.concatenate(worker.actions)[:steps]
-        return Result(worker.job, task, success, steps, actions)
+                observation = _stack([episode.observation for episode in ready])
+                chunks = act(observation, [e.task for e in ready], [e.state for e in ready])
+                for episode, chunk in zip(ready, chunks, strict=True):
+                    episode.actions.append(chunk)
+                    running[episode.ask(_step, chunk)] = episode
+                ready = []
 
     def close(self) -> None:
-        for worker in self._workers:
-            worker.pipe.close()  # ends the process when it has done what it is doing
-        for worker in self._workers:
-            worker.process.join(CLOSE_SECONDS)
-            if worker.process.is_alive():
-                worker.process.kill()
-                worker.process.join()
-        self._workers = []
+        for process in self._processes:
+            process.shutdown()  # waits for steps and videos that have begun
 
 
 def _stack(observations: list[Any]) -> Any:
@@ -191,70 +144,64 @@ def _stack(observations: list[Any]) -> Any:
     return np.stack(observations)
 
 
-def _serve(pipe: Connection, settings: dict[str, Any]) -> None:
-    """Runs in the environment's process: answers requests until the other end of the pipe is closed, which
-    is also what happens when the other process is killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the other process closes the pipe
-    player = _Player(settings, lost=pipe.poll)
-    try:
-        while True:
-            kind, *request = pipe.recv()
-            try:
-                answer = ("done", *(getattr(player, kind)(*request) or ()))
-            except Exception as error:  # shown by the other process, whatever it is
-                answer = ("error", f"{type(error).__name__}: {error}")
-            pipe.send(answer)
-    except (EOFError, OSError):
-        pass
+# The functions below run in the environment's process, in its only thread that runs tasks.
+_own = threading.local()  # settings, env, job, steps
+Answer = tuple[dict[str, Any] | None, str, bool, int]  # observation, instruction, success, steps so far
 
 
-class _Player:
-    """An environment, made anew when the task changes.
+def _start(settings: dict[str, Any]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes; the parent ends this one
+    end_with_parent()
+    _own.settings, _own.job = settings, None
 
-    Args:
-        settings: of the environment.
-        lost: says during long work whether the other process has gone (it sends nothing meanwhile).
-    """
 
-    def __init__(self, settings: dict[str, Any], lost: Callable[[], bool]) -> None:
-        self.settings, self.lost, self.env, self.current, self.steps = settings, lost, None, None, 0
+def _reset(job: Job) -> Answer:
+    """Begins an episode; the environment is made anew when the task changes."""
+    if _own.job is None or _own.job[:2] != job[:2]:
+        if _own.job is not None:
+            _own.env.close()
+        _own.env = LiberoEnv(job.suite, job.task_id, **_own.settings)
+    observation, info = _own.env.reset(options={"init_state": job.init_state})
+    _own.job, _own.steps = job, 0
+    return observation, info["task"], False, 0
 
-    def reset(self, job: Job) -> Answer:
-        if self.current != (job.suite, job.task_id):
-            if self.env is not None:
-                self.env.close()
-            self.env = LiberoEnv(job.suite, job.task_id, **self.settings)
-            self.current = job.suite, job.task_id
-        observation, info = self.env.reset(options={"init_state": job.init_state})
-        self.steps = 0
-        return observation, info["task"], False, 0
 
-    def step(self, actions: np.ndarray) -> Answer:
-        observation, _, terminated, truncated, info = self.env.step_chunk(actions)
-        self.steps += info["steps"]
-        ended = terminated or truncated
-        return None if ended else observation, info["task"], info["is_success"], self.steps
+def _step(actions: np.ndarray) -> Answer:
+    """The observation is None at the episode's end."""
+    observation, _, terminated, truncated, info = _own.env.step_chunk(actions)
+    _own.steps += info["steps"]
+    return None if terminated or truncated else observation, info["task"], info["is_success"], _own.steps
 
-    def film(self, result: Result, file: Path) -> None:
-        """Plays an episode again and writes its video. If it ends differently, the file's name says so."""
-        ended = False, 0
 
-        def frames() -> Iterator[np.ndarray]:
-            nonlocal ended
-            observation, *_ = self.reset(result.job)
-            yield frame(observation["pixels"], result.task, 0, None)
-            for number, action in enumerate(result.actions, start=1):
-                if self.lost():
-                    raise EOFError("nobody waits for this video")
-                observation, _, terminated, truncated, info = self.env.step_chunk(action[None])
-                last = terminated or truncated or number == len(result.actions)
-                ended = info["is_success"], number
-                yield frame(observation["pixels"], result.task, number, info["is_success"] if last else None)
-                if last:
-                    return
+def _film(file: Path, result: Result) -> None:
+    """Plays an episode again and writes a video, the cameras side by side. If it ends differently, the file's
+    name says so."""
+    observation, _, success, _ = _reset(result.job)
+    frames = [np.hstack([*observation["pixels"].values()])]
+    for action in result.actions:
+        observation, _, terminated, truncated, info = _own.env.step_chunk(action[None])
+        frames.append(np.hstack([*observation["pixels"].values()]))
+        success = info["is_success"]
+        if terminated or truncated:
+            break
+    if (success, len(frames) - 1) != (result.success, result.steps):
+        file = file.with_stem(file.stem + DIFFERS)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_video(file, frames, FPS)
 
-        video = encode(frames())
-        if ended != (result.success, result.steps):
-            file = file.with_stem(file.stem + DIFFERS)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(video)
+
+def worker_pool(workers: int) -> ProcessPoolExecutor:
+    """A pool of spawned processes: a process with a GL context or threads must not be forked."""
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(workers, context, initializer=end_with_parent)
+
+
+def end_with_parent() -> None:
+    """Ends this process when the process that started it is gone, also if that was killed: a worker would
+    wait for ever on a queue whose other end it holds itself."""
+
+    def watch() -> None:
+        connection.wait([multiprocessing.parent_process().sentinel])
+        os._exit(1)  # from a thread, sys.exit would end the thread only
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -1,103 +1,111 @@
-"""The report of an evaluation: success rates with intervals, paired comparison, table and plot."""
+"""The results folder of an evaluation: settings.json; episodes-KofN.jsonl, to which part K of N appends a
+line per episode; videos/; and report.md, success rates with intervals."""
 
+import hashlib
 import json
+import os
+import platform
 from collections import defaultdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import draccus
+from lerobot.configs import PreTrainedConfig
 from scipy.stats import binomtest
 
-Episode = dict[str, Any]  # one line of a results file
+from ..checkpoint import find_checkpoint
+from ..configuration_vla0 import VLA0Config
+from ..files import check_place, read_json, reading
+
+Episode = dict[str, Any]  # suite, task_id, task (the instruction), episode, init_state, success, steps
+SETTINGS = "settings.json"
 DIFFERS = "_replay_differs"  # in the name of a video whose episode ended differently when played again
+PACKAGES = ("lerobot", "lerobot_policy_vla0", "transformers", "torch", "hf-libero", "robosuite", "mujoco")
+# Fields of the policy's config that do not change its actions.
+IGNORED_FIELDS = {"device", "pretrained_path", "compile_model", "push_to_hub", "repo_id", "private", "tags"}
 
 
-def wilson(successes: int, trials: int) -> tuple[float, float]:
-    """95 % confidence interval of a success rate (Wilson's score interval), both limits in [0, 1].
-
-    Raises:
-        ValueError: no trials.
-    """
-    if trials < 1:
-        raise ValueError("a success rate needs at least one trial.")
-    interval = binomtest(successes, trials).proportion_ci(method="wilson")
-    return float(interval.low), float(interval.high)
-
-
-def mcnemar(only_first: int, only_second: int) -> float:
-    """Two-sided p value of McNemar's exact test: a binomial test on the pairs whose outcomes differ.
-
-    Args:
-        only_first, only_second: number of episodes that only the first, or only the second policy solved.
-    """
-    differing = only_first + only_second
-    return float(binomtest(only_first, differing).pvalue) if differing else 1.0
+def describe_policy(config: VLA0Config) -> dict[str, Any]:
+    """The part of the settings that belongs to the policy."""
+    fields = draccus.encode(config, PreTrainedConfig)
+    return {
+        "policy_path": str(config.pretrained_path),
+        "weights": weights_hash(config),
+        "policy": {key: value for key, value in fields.items() if key not in IGNORED_FIELDS},
+        "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
+    }
 
 
-def key_of(episode: Episode) -> tuple[str, int, int]:
-    return episode["suite"], episode["task_id"], episode["episode"]
+def weights_hash(config: VLA0Config) -> str:
+    """SHA-256 of all that a checkpoint acts with: weights, an adapter's base, processors and statistics."""
+    found = find_checkpoint(str(config.pretrained_path), weights=config.server is None)
+    folders = [found.base.folder, found.folder] if found.base else [found.folder]
+    digest = hashlib.sha256()
+    for folder in folders:
+        for path in sorted({*folder.glob("*.safetensors"), *folder.glob("policy_*.json")}):
+            digest.update(path.name.encode())
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def check_folder(folder: Path, settings: dict[str, Any]) -> None:
+    """Raises ValueError if the folder has results of other settings, OSError if nothing can be written there.
+    Writes nothing."""
+    check_place(folder, "folder")
+    file = folder / SETTINGS
+    if not file.is_file() and not read_episodes(folder):
+        return
+    before, now = (
+        {**s, **{f"policy.{name}": value for name, value in s["policy"].items()}}
+        for s in (read_json(file), json.loads(json.dumps(settings)))
+    )
+    for name in now:
+        if name not in ("policy", "versions") and before.get(name) != now[name]:
+            raise ValueError(
+                f"{folder} holds results of other settings: {name} was {before.get(name)!r}, is "
+                f"{now[name]!r}. Choose another --out, or repeat the settings in {file}."
+            )
+
+
+def save_episode(folder: Path, shard: str, settings: dict[str, Any], row: Episode) -> None:
+    """Appends an episode to the file of its part ("K/N") and flushes it to disk. Folder and settings are
+    written with the first one."""
+    check_folder(folder, settings)  # another part may have begun with other settings meanwhile
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / SETTINGS).is_file():
+        draft = folder / f"{SETTINGS}.{os.getpid()}"  # replaced in one step: parts may start at once
+        draft.write_text(json.dumps(settings, indent=2))
+        draft.replace(folder / SETTINGS)
+    path = folder / f"episodes-{shard.replace('/', 'of')}.jsonl"
+    with path.open("ab") as file:
+        # A line that a kill cut off is removed; nothing else of the file is touched.
+        torn = len(path.read_bytes().rpartition(b"\n")[2])
+        file.truncate(file.tell() - torn)
+        file.write(json.dumps(row).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def read_episodes(folder: Path) -> dict[tuple[str, int, int], Episode]:
-    """All finished episodes in a results folder, of every shard. A last line that was not written to its end
-    (the process was killed) is left out.
-
-    Raises:
-        ValueError: a damaged line elsewhere, or one episode twice with different outcomes.
-    """
+    """{(suite, task id, episode): its line} of all finished episodes in a results folder, of every part."""
     episodes: dict[tuple[str, int, int], Episode] = {}
     for path in sorted(Path(folder).glob("episodes-*.jsonl")):
-        lines = path.read_text().split("\n")
-        for number, line in enumerate(lines[:-1], start=1):  # a finished line ends with a newline
-            try:
+        for line in path.read_text().split("\n")[:-1]:  # a line without its end was cut off by a kill
+            with reading(path):
                 episode = json.loads(line)
-                key = key_of(episode)
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise ValueError(
-                    f"{path}, line {number} is damaged: {line[:60]!r}. Remove this line."
-                ) from error
+                key = episode["suite"], episode["task_id"], episode["episode"]
             if key in episodes and episodes[key]["success"] != episode["success"]:
-                raise ValueError(f"{path}, line {number}: {key} is there twice, with different outcomes.")
+                raise ValueError(f"{path}: {key} is there twice, with different outcomes.")
             episodes[key] = episode
     return episodes
 
 
-def write_report(folder: Path) -> Path:
-    """Writes report.md and report.png from what a results folder holds, and returns the former.
-
-    Raises:
-        ValueError: no finished episode.
-    """
-    folder = Path(folder)
-    episodes = read_episodes(folder)
-    if not episodes:
-        raise ValueError(f"{folder} holds no finished episode.")
-    settings = json.loads((folder / "settings.json").read_text())
-    groups: dict[str, dict[int, list[Episode]]] = defaultdict(lambda: defaultdict(list))
-    for (suite, task_id, _), episode in sorted(episodes.items()):
-        groups[suite][task_id].append(episode)
-    lines = ["# LIBERO evaluation", ""]
-    if settings["stand_in_assets"]:
-        lines += ["**Run on stand-in assets: these are not LIBERO scores.**", ""]
-    lines += ["| suite | task | success | 95 % interval | mean steps of successes |", "|---|---|---|---|---|"]
-    for suite, tasks in groups.items():
-        for task_id, rows in tasks.items():
-            lines.append(table_row(suite, f"{task_id}: {rows[0]['task']}", rows))
-        if len(tasks) > 1:
-            lines.append(table_row(f"**{suite}**", "all", [row for rows in tasks.values() for row in rows]))
-    if len(groups) > 1:
-        lines.append(table_row("**all**", "all", list(episodes.values())))
-    expected = settings["episodes_in_all"]
-    if len(episodes) < expected:
-        lines += ["", f"Unfinished: {len(episodes)} of {expected} episodes."]
-    differing = sorted(path.name for path in (folder / "videos").glob(f"*{DIFFERS}.mp4"))
-    if differing:
-        lines += ["", f"Played again for a video, these ended differently: {', '.join(differing)}."]
-    plot_success_rates(groups, folder / "report.png", settings["stand_in_assets"])
-    lines += ["", "![success by task](report.png)", "", "## Settings", ""]
-    lines += ["```json", json.dumps(settings, indent=2), "```", ""]
-    (folder / "report.md").write_text("\n".join(lines))
-    return folder / "report.md"
+def wilson(successes: int, trials: int) -> tuple[float, float]:
+    """95 % confidence interval of a success rate (Wilson's score interval), both limits in [0, 1]."""
+    interval = binomtest(successes, trials).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 def success_rate(rows: list[Episode]) -> tuple[int, float, float, float]:
@@ -115,38 +123,42 @@ def table_row(suite: str, task: str, rows: list[Episode]) -> str:
     return f"| {suite} | {task} | {successes}/{len(rows)} = {rate:.1f} % | {low:.1f}–{high:.1f} % | {mean} |"
 
 
-def plot_success_rates(groups: dict[str, dict[int, list[Episode]]], path: Path, stand_ins: bool) -> None:
-    """Success rate of every task with its interval, one colour per suite."""
-    from matplotlib.figure import Figure
+def write_report(folder: Path, missing: dict[str, int]) -> Path:
+    """Writes report.md and returns its path.
 
-    tasks = [task_id for suite in groups.values() for task_id in suite]
-    figure = Figure(figsize=(max(4.0, 0.35 * len(tasks) + 2), 3.6), layout="constrained")
-    axes, drawn = figure.subplots(), 0
-    for number, (suite, episodes) in enumerate(groups.items()):
-        _, rates, low, high = np.array([success_rate(rows) for rows in episodes.values()]).T
-        axes.bar(
-            np.arange(drawn, drawn + len(rates)),
-            rates,
-            yerr=[rates - low, high - rates],
-            color=f"C{number}",
-            label=suite,
-            error_kw={"ecolor": "0.3"},
-        )
-        drawn += len(rates)
-    axes.set_xticks(range(len(tasks)), tasks)
-    axes.set(xlabel="task", ylabel="success (%), 95 % interval", ylim=(0, 105))
-    axes.set_xlim(-0.8, max(len(tasks), 5) - 0.2)  # keeps a single bar narrow
-    axes.set_title("stand-in assets: not LIBERO scores" if stand_ins else "LIBERO", fontsize="medium")
-    axes.legend(fontsize="small", loc="lower right")
-    figure.savefig(path, dpi=120)
+    Args:
+        missing: {"K/N": number of episodes that this part has not finished}.
+    """
+    episodes, settings = read_episodes(folder), read_json(folder / SETTINGS)
+    groups: dict[str, dict[int, list[Episode]]] = defaultdict(lambda: defaultdict(list))
+    for (suite, task_id, _), episode in sorted(episodes.items()):
+        groups[suite][task_id].append(episode)
+    lines = ["# LIBERO evaluation", ""]
+    if settings["stand_in_assets"]:
+        lines += ["**Run on stand-in assets: these are not LIBERO scores.**", ""]
+    lines += ["| suite | task | success | 95 % interval | mean steps of successes |", "|---|---|---|---|---|"]
+    for suite, tasks in groups.items():
+        for task_id, rows in tasks.items():
+            lines.append(table_row(suite, f"{task_id}: {rows[0]['task']}", rows))
+        if len(tasks) > 1:
+            lines.append(table_row(f"**{suite}**", "all", [row for rows in tasks.values() for row in rows]))
+    if len(groups) > 1:
+        lines.append(table_row("**all**", "all", list(episodes.values())))
+    if missing:
+        parts = ", ".join(f"{count} of part {part}" for part, count in missing.items())
+        total = settings["episodes_in_all"]
+        lines += ["", f"Unfinished: {len(episodes)} of {total} episodes. Missing: {parts}."]
+    differing = sorted(path.name for path in (folder / "videos").glob(f"*{DIFFERS}.mp4"))
+    if differing:
+        lines += ["", f"Played again for a video, these ended differently: {', '.join(differing)}."]
+    lines += ["", "## Settings", "", "```json", json.dumps(settings, indent=2), "```", ""]
+    (folder / "report.md").write_text("\n".join(lines))
+    return folder / "report.md"
 
 
 def compare(first: Path, second: Path) -> str:
-    """Paired comparison of two results folders on the episodes that both have.
-
-    Raises:
-        ValueError: no episode in common.
-    """
+    """Paired comparison of two results folders on the episodes that both have. McNemar's exact test is a
+    binomial test on the pairs whose outcomes differ."""
     one, two = read_episodes(first), read_episodes(second)
     common = sorted(one.keys() & two.keys())
     if not common:
@@ -154,10 +166,12 @@ def compare(first: Path, second: Path) -> str:
     pairs = [(bool(one[key]["success"]), bool(two[key]["success"])) for key in common]
     outcomes = [(True, True), (True, False), (False, True), (False, False)]
     both, only_first, only_second, neither = map(pairs.count, outcomes)
+    differing = only_first + only_second
+    p_value = binomtest(only_first, differing).pvalue if differing else 1.0
     return (
         f"{len(common)} episodes in common (same suite, task and initial state)\n"
         f"A  {first}: {100 * (both + only_first) / len(common):.1f} %\n"
         f"B  {second}: {100 * (both + only_second) / len(common):.1f} %\n"
         f"both {both}, only A {only_first}, only B {only_second}, neither {neither}\n"
-        f"McNemar's exact test, two-sided: p = {mcnemar(only_first, only_second):.3g}"
+        f"McNemar's exact test, two-sided: p = {p_value:.3g}"
     )

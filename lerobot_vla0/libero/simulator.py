@@ -1,9 +1,8 @@
-"""LIBERO's simulator (robosuite) without work that changes nothing: pictures that nobody looks at, shapes
-that are outside a picture, and a model that is built anew at every reset.
+"""LIBERO's simulator (robosuite) without rendering pictures that are not returned, drawing shapes that are
+outside a picture, or building the model again at every reset. The numbers that it computes are the same.
 
-Where time goes otherwise: rendering both cameras takes 85-95 % of a step, most of it for the triangles of
-meshes, of which half are outside the picture; a reset builds model and GL context again and renders 28
-pictures, of which two are returned.
+In robosuite, two cameras take 85-95 % of a step, mostly for triangles, half of which are outside the picture;
+a reset builds model and GL context again and renders 28 pictures, of which two are returned.
 """
 
 from functools import partial
@@ -12,13 +11,13 @@ from typing import Any
 
 import numpy as np
 
-# Fields of MuJoCo's model that resets and steps change: places of fixtures, and marks such as the glow of a
+# Fields of MuJoCo's model that resets and steps change: poses of fixtures, and marks such as the glow of a
 # stove that is on.
 CHANGING_FIELDS = ("body_pos", "body_quat", "site_rgba")
 
 
 def make_simulator(bddl_file: str | Path, image_size: int, control_freq: int) -> tuple[Any, "Cameras"]:
-    """LIBERO's `OffScreenRenderEnv` of a task, not reset yet, and its cameras. Its observations hold empty
+    """LIBERO's `OffScreenRenderEnv` of a task, not reset yet, and its cameras. Its observations have empty
     arrays in place of pictures."""
     from libero.libero.envs import OffScreenRenderEnv
 
@@ -35,11 +34,11 @@ def make_simulator(bddl_file: str | Path, image_size: int, control_freq: int) ->
 
 
 def _reset_as_if_built_anew(env: Any) -> None:
-    """Makes robosuite's reset, which keeps the model, leave the same numbers as one that builds it.
+    """Makes robosuite's reset without a new model (`hard_reset=False`) leave the same numbers as one with a
+    new model, LIBERO's default.
 
-    LIBERO's default builds it (`hard_reset=True`): without, the settling steps after a reset give slightly
-    other states, because the constraint solver starts from its last solution, the gripper's command is that
-    of the last episode, and changes of the model remain.
+    Otherwise the steps after a reset give slightly other states, because the constraint solver starts from
+    its last solution, the gripper's command is that of the last episode, and changes of the model remain.
     """
     import mujoco
 
@@ -65,8 +64,8 @@ class Cameras:
     """Draws pictures of the last control step, when asked to.
 
     robosuite samples a camera in the middle of a control step, by a clock that depends on all steps before.
-    At this moment only the scene is noted here (positions, colours, lights: 0.1 ms), so that the picture that
-    is drawn later is bit for bit the one that robosuite would have rendered.
+    At this moment only the scene is recorded (positions, colours, lights: 0.1 ms), so that the picture that
+    is drawn later is bit for bit robosuite's.
 
     Args:
         env: robosuite's environment.
@@ -77,19 +76,21 @@ class Cameras:
         from robosuite.utils.observables import sensor
 
         self.sim = env.sim
-        names, *sizes = env.camera_names, env.camera_widths, env.camera_heights
+        names, sizes = env.camera_names, (env.camera_widths, env.camera_heights)
         self._sizes = dict(zip(names, zip(*sizes, strict=True), strict=True))
         self._scenes = {name: mujoco.MjvScene(self.sim.model._model, maxgeom=1000) for name in self._sizes}
         model = self.sim.model._model
         # MuJoCo draws reflections on planes and boxes only.
         flat = np.isin(model.geom_type, (mujoco.mjtGeom.mjGEOM_PLANE, mujoco.mjtGeom.mjGEOM_BOX))
-        materials = np.append(model.mat_reflectance, 0)  # the last for geom_matid = -1, no material
+        materials = np.append(model.mat_reflectance, 0)  # the last is for geom_matid = -1, no material
         self._mirrors = flat & (materials[model.geom_matid] > 0)
         self._shadows = bool(model.light_castshadow.any())
         for name in self._sizes:
-            env.modify_observable(f"{name}_image", "sensor", sensor("image")(partial(self._note, name)))
+            env.modify_observable(
+                f"{name}_image", "sensor", sensor("image")(partial(self._record_scene, name))
+            )
 
-    def _note(self, name: str, _: dict[str, Any]) -> np.ndarray:
+    def _record_scene(self, name: str, _: dict[str, Any]) -> np.ndarray:
         import mujoco
 
         context = self.sim._render_context_offscreen
@@ -100,21 +101,14 @@ class Cameras:
         groups = model.geom_group.copy()
         hidden = np.flatnonzero(context.vopt.geomgroup == 0)[0]  # robosuite shows visual shapes only
         model.geom_group[self._outside(camera, name)] = hidden
-        mujoco.mjv_updateScene(
-            model,
-            data,
-            context.vopt,
-            context.pert,
-            context.cam,
-            mujoco.mjtCatBit.mjCAT_ALL,
-            self._scenes[name],
-        )
+        view = (context.vopt, context.pert, context.cam, mujoco.mjtCatBit.mjCAT_ALL)
+        mujoco.mjv_updateScene(model, data, *view, self._scenes[name])
         model.geom_group[:] = groups
         return np.zeros(0)
 
     def _outside(self, camera: int, name: str) -> np.ndarray:
-        """bool (geoms,): bounding spheres that are outside the picture. None where a mirror in the picture
-        or a shadow could show them."""
+        """bool (geoms,): bounding spheres that are outside the picture. All false where a mirror in the
+        picture or a shadow could show them."""
         model, data = self.sim.model._model, self.sim.data._data
         # Camera coordinates: x to the right, y up, the view along -z.
         x, y, z = ((data.geom_xpos - data.cam_xpos[camera]) @ data.cam_xmat[camera].reshape(3, 3)).T

@@ -1,9 +1,9 @@
 """TRL's trainer on a policy: the policy makes the examples, and checkpoints are LeRobot's."""
 
 import random
-import shutil
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,33 +13,70 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from lerobot.configs.train import TrainPipelineConfig
 from lerobot.utils.collate import lerobot_collate_fn
-from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers import SchedulerType
+from transformers.utils import is_torch_bf16_gpu_available
 from trl import SFTConfig, SFTTrainer
 
-from .. import backbone
-from ..adapters import import_peft
-from ..checkpoint import ADAPTER_WEIGHTS, VLM_FOLDER, WEIGHTS
+from .. import vlm
+from ..checkpoint import ADAPTER_WEIGHTS, VLM_FOLDER, WEIGHTS, import_peft
+from ..configuration_vla0 import VLA0Config
 from ..modeling_vla0 import VLA0Policy
 from ..processor_vla0 import ACTION_CLIPPED
-from .resume import is_complete
+
+# Settings of the trainer, and the policy's fields that are their defaults and record them.
+POLICY_FIELDS = {
+    "learning_rate": "optimizer_lr",
+    "weight_decay": "optimizer_weight_decay",
+    "max_grad_norm": "optimizer_grad_clip_norm",
+    "gradient_checkpointing": "gradient_checkpointing",
+}
+
+
+@dataclass
+class TrainerOptions(SFTConfig):
+    """TRL's SFTConfig (https://huggingface.co/docs/trl/sft_trainer); here are the settings with another
+    default."""
+
+    output_dir: str = "outputs/sft"
+    # None: as the policy's config says.
+    learning_rate: float | None = None
+    weight_decay: float | None = None
+    max_grad_norm: float | None = None
+    gradient_checkpointing: bool | None = None
+    lr_scheduler_type: SchedulerType | str = "constant_with_warmup"  # constant without warmup_steps
+    save_steps: float = 5000
+    report_to: list[str] | str | None = "none"  # lists first: TRL's order of types would read them as text
+    dataloader_num_workers: int = 4
+    # The rows of the data set are indices; the trainer makes the examples.
+    remove_unused_columns: bool = False
+    dataset_kwargs: dict[str, Any] | None = field(default_factory=lambda: {"skip_prepare_dataset": True})
+    max_length: int | None = None
+    use_liger_kernel: bool = False  # its kernels do not know this policy's loss
+
+    def __post_init__(self) -> None:
+        """Waits for `complete`: the defaults depend on the policy."""
+
+    def complete(self, policy: VLA0Config) -> None:
+        """Takes what is None from the policy's config, and writes there how it is trained."""
+        for name, field_name in POLICY_FIELDS.items():
+            if getattr(self, name) is None:
+                setattr(self, name, getattr(policy, field_name))
+            setattr(policy, field_name, getattr(self, name))
+        if self.bf16 is None:
+            on_gpu = is_torch_bf16_gpu_available() and not self.use_cpu
+            self.bf16 = on_gpu and not self.fp16 and policy.dtype == "bfloat16"
+        super().__post_init__()
+        policy.device = self.device.type
 
 
 class VLA0Trainer(SFTTrainer):
-    """TRL's trainer on a policy's VLM: the policy makes the examples, and checkpoints are LeRobot's.
-
-    Args:
-        pipeline: the run as lerobot-train describes it, for train_config.json.
-        dataset: of LeRobot; items are one timestep each.
-        policy: in training mode.
-        processors: the policy's pre- and postprocessor.
-        adapter: the policy as a PEFT model, to train and save only the adapter; None trains the policy.
-    """
+    """Trains a policy's VLM, or its adapter, on LeRobot's data set. `pipeline` is the run as lerobot-train
+    describes it, `processors` are the policy's two, `adapter` is the PEFT model around it or None."""
 
     def __init__(
         self,
-        training: SFTConfig,
+        training: TrainerOptions,
         pipeline: TrainPipelineConfig,
         dataset: Any,
         policy: VLA0Policy,
@@ -105,19 +142,15 @@ class VLA0Trainer(SFTTrainer):
             state_dict: the VLM's weights, gathered from all processes (FSDP); None takes the policy's own.
         """
         folder, policy = Path(output_dir or self.args.output_dir), self.policy
-        if self.adapter is None and state_dict is None:
-            policy.save_pretrained(folder)
+        policy.config.save_pretrained(folder)
+        vlm.save_vlm(policy.model, policy.vlm_processor, folder / VLM_FOLDER)
+        # `state_dict` has the VLM's names, the file those of the policy, or of the PEFT model around it.
+        prefix = "model." if self.adapter is None else "base_model.model.model."
+        weights = state_dict and {prefix + name: tensor for name, tensor in state_dict.items()}
+        if self.adapter is None:
+            save_torch_state_dict(weights or policy.state_dict(), folder, max_shard_size=sys.maxsize)
         else:
-            policy.config.save_pretrained(folder)
-            backbone.save_vlm(policy.model, policy.vlm_processor, folder / VLM_FOLDER)
-            # `state_dict` has the VLM's names, the file those of the policy, or of the PEFT model around it.
-            prefix = "model." if self.adapter is None else "base_model.model.model."
-            weights = state_dict and {prefix + name: tensor for name, tensor in state_dict.items()}
-            if self.adapter is None:
-                # Not by `policy.save_pretrained`, which LeRobot 0.6.2 lets take no weights.
-                save_torch_state_dict(weights, folder, max_shard_size=sys.maxsize)
-            else:
-                self.adapter.save_pretrained(folder, state_dict=weights)
+            self.adapter.save_pretrained(folder, state_dict=weights)
         # More than `max_steps` if that was lowered after a checkpoint of a later step.
         self.pipeline.steps = max(self.state.max_steps, self.state.global_step)
         self.pipeline.save_pretrained(folder)
@@ -130,16 +163,6 @@ class VLA0Trainer(SFTTrainer):
             super()._run_epoch(**arguments)
         else:
             self.control.should_training_stop = True
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """A checkpoint that could not be written, because the disk is full, is removed."""
-        try:
-            super()._save_checkpoint(model, trial)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            if self.is_world_process_zero() and not is_complete(folder):
-                shutil.rmtree(folder, ignore_errors=True)
-            raise OSError(f"{folder} could not be written ({str(error).splitlines()[0]}).") from error
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
