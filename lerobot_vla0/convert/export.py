@@ -7,14 +7,11 @@ lerobot/           the checkpoint without its weights, for `lerobot-vla0 import`
 
 import json
 import shutil
-from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
-
-from ..checkpoint import VLM_FOLDER, find_checkpoint
+from ..checkpoint import POSTPROCESSOR, VLM_FOLDER, Checkpoint, find_checkpoint
 from ..cli import PolicyOptions
 from ..configuration_vla0 import VLA0Config
 from ..files import new_folder
@@ -54,7 +51,7 @@ def export(config: ExportConfig) -> Path:
             f"(lerobot-vla0 merge --policy.path={policy.pretrained_path})."
         )
     with new_folder(config.out) as out:
-        _write_model(checkpoint.folder, policy, out)
+        _write_model(checkpoint, policy, out)
         for pattern in ("config.json", "policy_*", f"{VLM_FOLDER}/*.json"):
             for file in checkpoint.folder.glob(pattern):
                 copy = out / CHECKPOINT_FOLDER / file.relative_to(checkpoint.folder)
@@ -64,7 +61,7 @@ def export(config: ExportConfig) -> Path:
     return config.out
 
 
-def _write_model(folder: Path, config: VLA0Config, out: Path) -> None:
+def _write_model(checkpoint: Checkpoint, config: VLA0Config, out: Path) -> None:
     # Imported here: transformers takes seconds, and `--help` must not.
     from transformers import GenerationConfig
 
@@ -73,9 +70,9 @@ def _write_model(folder: Path, config: VLA0Config, out: Path) -> None:
     from ..vlm import VISION_ID_SET
 
     on_cpu = replace(config, device="cpu", attn_implementation=None, server=None)
-    policy = VLA0Policy.from_pretrained(folder, config=on_cpu)
+    policy = VLA0Policy.from_pretrained(checkpoint.folder, config=on_cpu)
     model, processor, chat = policy.model, policy.vlm_processor, policy.examples.chat
-    (out / ACTION_SPEC).write_text(json.dumps(action_spec(folder, config, chat), indent=2))
+    (out / ACTION_SPEC).write_text(json.dumps(action_spec(checkpoint, config, chat), indent=2))
     # Engines apply generation_config.json to every request; a base model's may ask for sampling.
     ends = {"eos_token_id": chat.end_id, "pad_token_id": chat.pad_id}
     model.generation_config = GenerationConfig(do_sample=False, **ends)
@@ -93,13 +90,9 @@ def _write_model(folder: Path, config: VLA0Config, out: Path) -> None:
     processor.image_processor.save_pretrained(out)  # preprocessor_config.json, for Transformers 4
 
 
-def action_spec(folder: Path, config: VLA0Config, chat: Any) -> dict[str, Any]:
+def action_spec(checkpoint: Checkpoint, config: VLA0Config, chat: Any) -> dict[str, Any]:
     """What a client needs besides the model. `chat` is the policy's ChatFormatter."""
-    statistics: dict[str, dict[str, list]] = defaultdict(dict)
-    for file in folder.glob("policy_postprocessor*.safetensors"):
-        for key, values in load_file(file).items():
-            feature, _, statistic = key.rpartition(".")
-            statistics[feature][statistic] = values.tolist()
+    statistics = checkpoint.statistics.get(POSTPROCESSOR, {})
     return {
         "spec_version": SPEC_VERSION,
         "messages": chat.messages("{instruction}"),
@@ -109,6 +102,9 @@ def action_spec(folder: Path, config: VLA0Config, chat: Any) -> dict[str, Any]:
         "cameras": config.camera_keys,
         "pictures": {"count": chat.num_pictures, "size": list(chat.picture_size)},  # [height, width]
         "normalization": config.normalization_mapping["ACTION"].value,
-        "statistics": statistics,
+        "statistics": {
+            feature: {name: values.tolist() for name, values in of_feature.items()}
+            for feature, of_feature in statistics.items()
+        },
         **{name: getattr(config, name) for name in FIELDS},
     }
