@@ -234,8 +234,32 @@ class VLA0Config(PreTrainedConfig):
             _check(name, mode, lambda v, m=modes: v in m, f"one of {', '.join(m.value for m in modes)}")
 
     def validate_features(self) -> None:
-        """Checks input and output features, which LeRobot fills in from the data set or environment."""
-        check_features(self)
+        """Raises ValueError if the features that LeRobot fills in from the data set or environment do not
+        fit."""
+        inputs, cameras = sorted(self.input_features or {}), sorted(self.image_features)
+        if self.action_feature is None or len(self.action_feature.shape) != 1:
+            raise ValueError(
+                f"VLA-0 needs an `action` vector; there are {sorted(self.output_features or {})}."
+            )
+        if not cameras:
+            raise ValueError(f"VLA-0 needs at least one camera: no image feature among {inputs}.")
+        for name, known in (("cameras", cameras), ("camera_regions", self.camera_keys)):
+            if unknown := [key for key in getattr(self, name) or [] if key not in known]:
+                raise ValueError(f"--policy.{name} names {unknown}, which are not there. Present: {known}.")
+        shapes = {key: tuple(self.image_features[key].shape) for key in self.camera_keys}
+        colour = [key for key, shape in shapes.items() if 3 in (shape[0], shape[-1])]
+        if len(colour) < len(shapes):
+            raise ValueError(
+                f"of the cameras {shapes}, those with other than 3 channels (depth, grey) cannot be used. "
+                f"Choose the others: --policy.cameras='[{', '.join(colour)}]'."
+            )
+        size, state = (f.shape[0] if f else 0 for f in (self.action_feature, self.robot_state_feature))
+        if (self.use_state and not state) or (self.use_relative_actions and not 2 <= size <= state):
+            raise ValueError(
+                "use_state needs observation.state, and use_relative_actions one that is as long as the "
+                f"action: they have {state} and {size} numbers (among {inputs}). Set use_state and "
+                "use_relative_actions to false."
+            )
 
     def _save_pretrained(self, save_directory: Path) -> None:
         saved = copy.copy(self)
@@ -321,32 +345,6 @@ def _read_version_0_1_0(load: Callable[..., Any], _: Any, args: tuple, kwargs: d
         with TemporaryDirectory() as folder:
             (Path(folder) / "config.json").write_text(json.dumps(upgraded))
             return load(folder, **overrides)
-
-
-def check_features(config: VLA0Config) -> None:
-    """Raises ValueError if the features that LeRobot fills in from the data set or environment do not fit."""
-    inputs, cameras = sorted(config.input_features or {}), sorted(config.image_features)
-    if config.action_feature is None or len(config.action_feature.shape) != 1:
-        raise ValueError(f"VLA-0 needs an `action` vector; there are {sorted(config.output_features or {})}.")
-    if not cameras:
-        raise ValueError(f"VLA-0 needs at least one camera: no image feature among {inputs}.")
-    for name, known in (("cameras", cameras), ("camera_regions", config.camera_keys)):
-        if unknown := [key for key in getattr(config, name) or [] if key not in known]:
-            raise ValueError(f"--policy.{name} names {unknown}, which are not there. Present: {known}.")
-    shapes = {key: tuple(config.image_features[key].shape) for key in config.camera_keys}
-    colour = [key for key, shape in shapes.items() if 3 in (shape[0], shape[-1])]
-    if len(colour) < len(shapes):
-        raise ValueError(
-            f"of the cameras {shapes}, those with other than 3 channels (depth, grey) cannot be used. Choose "
-            f"the others: --policy.cameras='[{', '.join(colour)}]'."
-        )
-    size, state = (f.shape[0] if f else 0 for f in (config.action_feature, config.robot_state_feature))
-    if (config.use_state and not state) or (config.use_relative_actions and not 2 <= size <= state):
-        raise ValueError(
-            "use_state needs observation.state, and use_relative_actions one that is as long as the "
-            f"action: they have {state} and {size} numbers (among {inputs}). Set use_state and "
-            "use_relative_actions to false."
-        )
 
 
 def check_joints(config: VLA0Config, state: int) -> None:
